@@ -1,0 +1,27 @@
+# `make demo` and `make test` work on a fresh clone with Python 3.10+ and make.
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= demo
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint clean
+
+demo: $(STAMP)
+	$(RUN) -m sbot demo --out $(OUT)
+
+test: lint
+	$(RUN) -m pytest
+
+lint: $(STAMP)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[test]"
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) $(OUT) build dist *.egg-info

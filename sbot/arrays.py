@@ -1,0 +1,102 @@
+"""From whatever array a caller has to a finite, dense, real tensor: the one conversion at the door."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import InvalidProblem
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def as_tensor(obj: Any, name: str, *, like: Tensor | None = None) -> Tensor:
+    """Convert ``obj`` to a real floating tensor without changing ``obj``.
+
+    Floating arrays keep their dtype.  Integers and Python lists carry no precision of their own: they take the
+    dtype of ``like``, or torch's default dtype.  Raises `InvalidProblem` for anything else.
+    """
+    weak = like.dtype if like is not None else torch.get_default_dtype()
+    if isinstance(obj, Tensor):
+        return _from_tensor(obj, name, weak)
+    kind = type(obj).__name__
+    if isinstance(obj, np.ma.MaskedArray):
+        raise InvalidProblem(f"{name} is a masked array; fill or drop the masked entries first")
+    if isinstance(obj, (str, bytes, dict, set)) or obj is None or callable(obj):
+        raise InvalidProblem(f"{name} must be an array of real numbers, not {kind}; pass a tensor or a NumPy array")
+    if hasattr(obj, "tocoo") or hasattr(obj, "todense"):
+        raise InvalidProblem(f"{name} is a sparse {kind}; pass {name}.toarray()")
+    if hasattr(obj, "to_numpy"):  # pandas, polars: by position, never by index
+        obj = obj.to_numpy()
+    listed = isinstance(obj, (list, tuple, numbers.Real)) and not isinstance(obj, np.generic)
+    if listed and isinstance(obj, (list, tuple)) and obj and all(isinstance(item, Tensor) for item in obj):
+        raise InvalidProblem(f"{name} is a {kind} of tensors; pass torch.stack({name})")
+    try:
+        array = np.asarray(obj)
+    except (ValueError, TypeError) as problem:
+        raise InvalidProblem(f"{name} is not a rectangular array ({problem}); give every row the same length") from None
+    if array.dtype.kind not in "fiu":
+        raise InvalidProblem(
+            f"{name} has dtype {array.dtype}, which is not real numbers; pass {name}.astype(float) if it holds numbers"
+        )
+    if array.dtype.kind == "f" and array.dtype.itemsize > 8:
+        array = array.astype(np.float64)
+    array = np.array(array, dtype=array.dtype.newbyteorder("="), order="C", copy=True)
+    if array.dtype.kind == "u" and array.dtype.itemsize > 1:
+        array = array.astype(np.float64)
+        listed = True
+    tensor = torch.from_numpy(array)
+    if listed or not tensor.dtype.is_floating_point:
+        tensor = tensor.to(weak)
+    return tensor if like is None else tensor.to(like.device)
+
+
+def _from_tensor(tensor: Tensor, name: str, weak: torch.dtype) -> Tensor:
+    if tensor.layout != torch.strided:
+        raise InvalidProblem(f"{name} is a sparse tensor; pass {name}.to_dense()")
+    if tensor.dtype.is_complex or tensor.dtype == torch.bool or tensor.is_quantized:
+        raise InvalidProblem(f"{name} has dtype {tensor.dtype}, which is not real numbers; pass {name}.double()")
+    if tensor.device.type == "meta":
+        raise InvalidProblem(f"{name} is on the meta device and holds no numbers; pass a tensor with data")
+    return tensor if tensor.dtype.is_floating_point else tensor.to(weak)
+
+
+def require_finite(tensor: Tensor, name: str) -> Tensor:
+    """Return ``tensor``, or raise `InvalidProblem` that says how many entries are not finite and where the first is."""
+    finite = torch.isfinite(tensor)
+    if not bool(finite.all()):
+        bad = torch.nonzero(~finite)
+        where = ", ".join(str(int(i)) for i in bad[0])
+        raise InvalidProblem(
+            f"{name} has {len(bad)} entries that are NaN or infinite, the first at [{where}]; drop or impute them"
+        )
+    return tensor
+
+
+def as_number(value: Any, name: str) -> float:
+    """Convert a real scalar (or 0-d array) to a float; raise `InvalidProblem` for anything else."""
+    if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (numbers.Real, np.number)):
+        raise InvalidProblem(f"{name} must be a real number, not {type(value).__name__} {value!r}; pass a float")
+    number = float(value)
+    if math.isnan(number):
+        raise InvalidProblem(f"{name} is NaN; pass a number")
+    return number
+
+
+def as_count(value: Any, name: str, *, least: int = 1) -> int:
+    """Convert to an int of at least ``least``; raise `InvalidProblem` for anything else."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)) or value < least:
+        raise InvalidProblem(f"{name} must be an integer >= {least}, not {value!r}; pass such an integer")
+    return int(value)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Half precisions are computed in float32; everything else in itself."""
+    return torch.float32 if dtype in HALF else dtype

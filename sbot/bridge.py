@@ -1,0 +1,255 @@
+"""The result of every solver: one class of methods, whatever found the bridge."""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, TypeVar, final
+
+import torch
+from torch import Tensor
+
+from . import io
+from .arrays import HALF, as_count, as_number, as_tensor, require_finite
+from .costs import MatrixCost
+from .errors import InvalidProblem, Unsupported
+from .measures import Measure, Sampler
+from .potentials import Tilted
+from .problem import Problem
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@final
+@dataclass(frozen=True)
+class Report:
+    """What a solver did, and how far it got.
+
+    Attributes
+    ----------
+    solver : the solver as it was called.
+    converged : whether ``error <= tolerance`` was reached.
+    reason : why it stopped: "tolerance", "max_iter", "stalled", "precision", or "exact".
+    iterations : number of iterations (for Sinkhorn, pairs of half-steps).
+    error : relative L1 error of both marginals, summed; the worst problem of a batch.
+    tolerance : what was aimed at; never below what the dtype can reach.
+    history : ``(iteration, eps, error)`` at each check.
+    seconds : wall time.
+    notes : what was done to the input or to the settings.
+    """
+
+    solver: str
+    converged: bool
+    reason: str
+    iterations: int = 0
+    error: float = 0.0
+    tolerance: float = 0.0
+    history: tuple[tuple[int, float, float], ...] = ()
+    seconds: float = 0.0
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        state = "converged" if self.converged else "NOT converged"
+        lines = [
+            f"{self.solver}: {state} ({self.reason}) after {self.iterations} iterations, {self.seconds:.2f} s",
+            f"marginal error {self.error:.2e} (tolerance {self.tolerance:.2e})",
+        ]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+@final
+@dataclass(frozen=True)
+class DualPotential:
+    """A dual potential in cost units: a function of points, and its values at the atoms of a discrete measure.
+
+    ``f(x)`` is defined everywhere, off the support by the c-transform of the other potential.
+    """
+
+    _function: Callable[[Tensor], Tensor] = field(repr=False)
+    _values: Callable[[], Tensor] = field(repr=False)
+
+    def __call__(self, x: Any) -> Tensor:
+        """At ``x`` ``(*b, n, d)``, as ``(*b, n)``."""
+        return self._function(x)
+
+    @property
+    def values(self) -> Tensor:
+        """At the atoms, ``(*b, n)``; raises `Unsupported` for a measure without atoms."""
+        return self._values()
+
+
+@final
+class Potentials(NamedTuple):
+    """The pair of dual potentials; ``P = exp((f + g - C) / eps) mu nu``."""
+
+    f: DualPotential
+    g: DualPotential
+
+
+def in_result_dtype(
+    method: Callable[Concatenate[Any, P], R],
+) -> Callable[Concatenate[Any, P], R]:
+    """Return tensors in the dtype the caller gave, where that is a half precision computed in float32."""
+
+    @functools.wraps(method)
+    def cast(self: Any, *args: P.args, **kwargs: P.kwargs) -> R:
+        out: Any = method(self, *args, **kwargs)
+        dtype = self.problem.result_dtype
+        if dtype not in HALF:
+            return out  # type: ignore[no-any-return]
+        if isinstance(out, tuple):
+            return tuple(part.to(dtype) for part in out)  # type: ignore[return-value]
+        return out.to(dtype) if isinstance(out, Tensor) else out  # type: ignore[return-value]
+
+    return cast
+
+
+class Bridge(ABC):
+    """A Schrödinger bridge: a process on [0, 1] from mu to nu, nearest to the reference.
+
+    Times are numbers in [0, 1]; points are ``(*b, n, d)`` tensors or arrays.  Everything that draws takes a
+    ``generator``.  What does not exist for a problem raises `Unsupported` and names the alternative.
+
+    Attributes
+    ----------
+    problem : the problem that was solved.
+    report : what the solver did.
+    """
+
+    problem: Problem
+    report: Report
+
+    # ---- what a kind of bridge has to say ------------------------------------------------------------------------
+
+    @abstractmethod
+    def condition(self, x: Any = None, s: float = 0.0) -> Tilted:
+        """The law of ``X_1`` given ``X_s = x``: `log_mass`, `mean`, `sample`; ``x=None`` means the atoms of mu."""
+
+    @abstractmethod
+    def drift(self, t: float, x: Any) -> Tensor:
+        """Drift of the bridge, ``dX = drift dt + sqrt(eps) B dW``, ``(*b, n, d)``."""
+
+    @abstractmethod
+    def reverse_drift(self, t: float, x: Any) -> Tensor:
+        """Drift of the bridge run backwards from nu: ``Y_s = X_{1-s}``, ``dY = reverse_drift(1 - s, Y) ds + ...``."""
+
+    @abstractmethod
+    def log_prob(self, t: float, x: Any) -> Tensor:
+        """Log-density of ``X_t`` at ``x``, ``(*b, n)``."""
+
+    @abstractmethod
+    def plan(self, rows: Any = None) -> Any:
+        """The plan: ``(*b, n, m)`` for atoms (``rows`` picks some), a `Gaussian` on ``R^{2d}`` for Gaussians."""
+
+    @abstractmethod
+    def potentials(self) -> Potentials:
+        """The dual potentials f and g, in cost units."""
+
+    @abstractmethod
+    def cost(self) -> Tensor:
+        """``<P, C> + eps KL(P | mu x nu)`` (plus ``rho KL`` of relaxed marginals), ``(*b,)``."""
+
+    @abstractmethod
+    def linear_cost(self) -> Tensor:
+        """``<P, C>``, ``(*b,)``."""
+
+    @abstractmethod
+    def gap(self) -> Tensor:
+        """How far `cost` can be from the optimum, ``(*b,)``, never negative."""
+
+    @abstractmethod
+    def sample_paths(self, n: int, times: Any, *, generator: torch.Generator | None = None) -> Tensor:
+        """Draw ``n`` paths at the given increasing times, ``(*b, n, len(times), d)``."""
+
+    @abstractmethod
+    def sample_pairs(self, n: int, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Draw ``n`` pairs ``(X_0, X_1)`` from the plan, each ``(*b, n, d)``."""
+
+    @abstractmethod
+    def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Bridge:
+        """The same bridge in another dtype or on another device."""
+
+    @abstractmethod
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What `save` writes: plain data and tensors."""
+
+    # ---- what follows from it, once ------------------------------------------------------------------------------
+
+    @in_result_dtype
+    def transport(self, x: Any = None) -> Tensor:
+        """The entropic map ``E[X_1 | X_0 = x]``, ``(*b, n, d)``; ``x=None`` means the atoms of mu."""
+        return self.condition(x).mean
+
+    def interpolate(self, t: float, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """Draw ``n`` samples of ``X_t``, ``(*b, n, d)``."""
+        return self.sample_paths(n, [t], generator=generator)[..., 0, :]
+
+    def marginal(self, t: float) -> Measure:
+        """The law of ``X_t`` as a measure."""
+        time = self._time(t)
+        return Sampler(lambda n, generator: self.interpolate(time, n, generator=generator))
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the bridge to a safetensors file, atomically; `sbot.load` reads it."""
+        header, tensors = self.state()
+        io.write(path, "bridge", header, tensors)
+
+    def plot(self, kind: str = "auto", **options: Any) -> Figure:
+        """Draw the bridge: "plan", "paths", "marginals" or "convergence"; "auto" takes the first that exists."""
+        from . import plot
+
+        return plot.draw(self, kind, **options)
+
+    def __repr__(self) -> str:
+        p = self.problem
+        state = "converged" if self.report.converged else "NOT converged"
+        return f"{type(self).__name__}({p.mu!r} -> {p.nu!r}, eps={p.eps:g}, {p.reference!r}, {state})"
+
+    # ---- the door for queries ------------------------------------------------------------------------------------
+
+    def _time(self, t: Any, name: str = "t") -> float:
+        time = as_number(t, name)
+        if not 0 <= time <= 1:
+            raise InvalidProblem(f"{name} is {time}; times lie in [0, 1]")
+        return time
+
+    def _times(self, times: Any) -> list[float]:
+        listed = as_tensor(times, "times", like=torch.zeros((), dtype=torch.float64)).flatten().tolist()
+        checked = [self._time(t, "times") for t in listed]
+        if not checked or any(b < a for a, b in zip(checked, checked[1:], strict=False)):
+            raise InvalidProblem(f"times are {checked}; give at least one, in increasing order")
+        return checked
+
+    def _points(self, x: Any, name: str = "x") -> Tensor:
+        """Points as the computation wants them; the numbers of atoms where the cost is a matrix."""
+        p = self.problem
+        if isinstance(p.cost, MatrixCost):
+            index = torch.as_tensor(x, device=p.device)
+            if index.dtype.is_floating_point or index.ndim != 1:
+                raise Unsupported(
+                    f"the cost is a matrix, known only between atoms: {name} must be 1-D atom numbers; "
+                    "for new points give points and a cost function"
+                )
+            size = p.cost.values.shape[-2 if name == "x" else -1]
+            if len(index) and (int(index.min()) < 0 or int(index.max()) >= size):
+                raise InvalidProblem(f"{name} has atom numbers from {int(index.min())} to {int(index.max())} of {size}")
+            return index
+        points = as_tensor(x, name, like=torch.empty((), dtype=p.dtype, device=p.device))
+        if points.device != p.device:
+            raise InvalidProblem(f"{name} is on {points.device} and the bridge on {p.device}; move one of them")
+        want = (*p.batch_shape, "n", *p.mu.event_shape)
+        if points.ndim != len(want) or any(a not in (b, "n") for a, b in zip(want, points.shape, strict=True)):
+            shape = "(" + ", ".join(str(size) for size in want) + ")"
+            raise InvalidProblem(f"{name} has shape {tuple(points.shape)}; give {shape}")
+        return require_finite(points.to(p.dtype), name)
+
+    @staticmethod
+    def _count(n: Any) -> int:
+        return as_count(n, "n")

@@ -1,0 +1,224 @@
+"""Costs ``C(x, y)`` between points; in the units of eps."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from . import linalg
+from .arrays import as_number, as_tensor, compute_dtype
+from .errors import InvalidProblem
+
+
+class Cost(ABC):
+    """A cost between points; a subclass writes `matrix` and nothing else."""
+
+    @abstractmethod
+    def matrix(self, x: Tensor, y: Tensor) -> Tensor:
+        """``C(x_i, y_j)`` for ``(*b, n, d)`` and ``(*b, m, d)``, as ``(*b, n, m)``."""
+
+    def embed(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
+        """``(u, v)`` with ``C(x_i, y_j) = |u_i - v_j|^2 / 2`` where there is such a pair: it streams fastest."""
+        return None
+
+    def check(self, x: Tensor, y: Tensor) -> None:
+        """Raise `InvalidProblem` where the cost is not defined on these points."""
+
+
+def _square_distances(u: Tensor, v: Tensor) -> Tensor:
+    """``|u_i - v_j|^2 / 2``; float32 points are multiplied in float64, since the expansion cancels."""
+    centre = v.detach().mean(-2, keepdim=True)
+    u, v = (u - centre).double(), (v - centre).double()
+    half = u.square().sum(-1)[..., :, None] / 2 + v.square().sum(-1)[..., None, :] / 2
+    return (half - u @ v.mT).clamp(min=0)
+
+
+@final
+class Quadratic(Cost):
+    """``C(x, y) = |x - y|^2 / 2``, what the Brownian reference charges.
+
+    Examples
+    --------
+    >>> import torch, sbot
+    >>> sbot.Quadratic().matrix(torch.zeros(1, 2), torch.ones(1, 2))
+    tensor([[1.]])
+    """
+
+    def matrix(self, x: Tensor, y: Tensor) -> Tensor:
+        return _square_distances(x, y).to(x.dtype)
+
+    def embed(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return x, y
+
+    def __repr__(self) -> str:
+        return "Quadratic()"
+
+
+@final
+class TransitionCost(Cost):
+    """``C(x, y) = (y - Phi x - c)' Q^-1 (y - Phi x - c) / 2``: what a linear reference charges for going from x to y.
+
+    The reference builds it: ``X_1 | X_0 = x`` is ``N(Phi x + c, eps Q)``.
+    """
+
+    def __init__(self, phi: Tensor, shift: Tensor, cov: Tensor) -> None:
+        self.phi, self.shift = phi, shift
+        self.whiten = linalg.inverse(linalg.root(cov))
+
+    def matrix(self, x: Tensor, y: Tensor) -> Tensor:
+        return _square_distances(*self.embed(x, y)).to(x.dtype)
+
+    def embed(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        phi, shift, whiten = (t.to(x) for t in (self.phi, self.shift, self.whiten))
+        return linalg.apply(whiten, linalg.apply(phi, x) + shift), linalg.apply(whiten, y)
+
+
+@final
+class Lp(Cost):
+    """``C(x, y) = (sum_k |x_k - y_k|^p)^(power / p)``: the distance of order p, to a power.
+
+    Parameters
+    ----------
+    p : order of the norm, >= 1 (or infinity).
+    power : power of the distance, > 0.
+
+    Raises
+    ------
+    InvalidProblem : p < 1 or power <= 0.
+
+    Examples
+    --------
+    >>> import torch, sbot
+    >>> sbot.Lp(1).matrix(torch.zeros(1, 2), torch.ones(1, 2))
+    tensor([[2.]])
+    """
+
+    def __init__(self, p: float = 2.0, power: float = 1.0) -> None:
+        self.p, self.power = as_number(p, "p"), as_number(power, "power")
+        if self.p < 1 or not 0 < self.power < float("inf"):
+            raise InvalidProblem(f"Lp(p={p}, power={power}) is not a cost; give p >= 1 and a finite power > 0")
+
+    def matrix(self, x: Tensor, y: Tensor) -> Tensor:
+        # the product form of cdist loses half the digits of small distances
+        distance = torch.cdist(x, y, p=self.p, compute_mode="donot_use_mm_for_euclid_dist")
+        return distance if self.power == 1 else distance.pow(self.power)
+
+    def __repr__(self) -> str:
+        return f"Lp(p={self.p:g}, power={self.power:g})"
+
+
+@final
+class Cosine(Cost):
+    """``C(x, y) = 1 - <x, y> / (|x| |y|)``.
+
+    Raises
+    ------
+    InvalidProblem : at the zero vector, which has no direction.
+
+    Examples
+    --------
+    >>> import torch, sbot
+    >>> sbot.Cosine().matrix(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]]))
+    tensor([[1.]])
+    """
+
+    def matrix(self, x: Tensor, y: Tensor) -> Tensor:
+        return _square_distances(*self.embed(x, y)).to(x.dtype)
+
+    def embed(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return x / x.norm(dim=-1, keepdim=True), y / y.norm(dim=-1, keepdim=True)
+
+    def check(self, x: Tensor, y: Tensor) -> None:
+        for name, points in (("mu", x), ("nu", y)):
+            if bool((points.norm(dim=-1) == 0).any()):
+                raise InvalidProblem(f"{name} has a point at the origin, where Cosine() is not defined; drop it")
+
+    def __repr__(self) -> str:
+        return "Cosine()"
+
+
+@final
+class MatrixCost(Cost):
+    """A cost known only between the atoms: ``C[i, j]``, ``(*b, n, m)``; ``+inf`` forbids a pair.
+
+    Its "points" are the numbers of the atoms: `matrix` takes integer tensors.
+
+    Raises
+    ------
+    InvalidProblem : NaN or -inf, fewer than two dimensions, a row or a column with no finite entry.
+
+    Examples
+    --------
+    >>> import torch, sbot
+    >>> bridge = sbot.solve_bridge([0.5, 0.5], [0.5, 0.5], 1.0, cost=torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+    >>> bridge.plan().sum(1)
+    tensor([0.5000, 0.5000])
+    """
+
+    def __init__(self, values: Any) -> None:
+        values = as_tensor(values, "cost")
+        if values.ndim < 2 or 0 in values.shape:
+            raise InvalidProblem(f"the cost matrix has shape {tuple(values.shape)}; give (n, m) with n, m >= 1")
+        self.source_dtype = values.dtype
+        self.values = values.to(compute_dtype(values.dtype))
+        if bool(torch.isnan(self.values).any()) or bool((self.values == -torch.inf).any()):
+            raise InvalidProblem(
+                "the cost matrix holds NaN or -inf; +inf (a forbidden pair) is the only legal infinity"
+            )
+        finite = torch.isfinite(self.values)
+        for axis, word in ((-1, "row"), (-2, "column")):
+            closed = torch.nonzero(~finite.any(axis))
+            if len(closed):
+                raise InvalidProblem(
+                    f"the cost matrix has no finite entry in {word} {int(closed[0, -1])}; "
+                    f"every {word} needs a pair that is allowed: drop the atom or allow one"
+                )
+
+    def matrix(self, x: Tensor, y: Tensor) -> Tensor:
+        n, m = self.values.shape[-2:]
+        if len(x) == n and len(y) == m and bool((x == torch.arange(n, device=x.device)).all()):
+            if bool((y == torch.arange(m, device=y.device)).all()):
+                return self.values  # all atoms in order: no copy
+        return self.values[..., x, :][..., y]
+
+    def __repr__(self) -> str:
+        return f"MatrixCost{tuple(self.values.shape)}"
+
+
+@final
+class CallableCost(Cost):
+    """A function ``(x (n, d), y (m, d)) -> (n, m)`` as a cost; with batches it is called on ``(*b, n, d)``."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.function = function
+
+    def matrix(self, x: Tensor, y: Tensor) -> Tensor:
+        values = self.function(x, y)
+        want = (*x.shape[:-1], y.shape[-2])
+        if not isinstance(values, Tensor) or tuple(values.shape) != want:
+            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise InvalidProblem(f"the cost function returned {got}; return a tensor of shape {want}")
+        return values.to(x.dtype)
+
+    def check(self, x: Tensor, y: Tensor) -> None:
+        # a small corner shows a wrong shape or NaN before the work starts; solvers check every number they reach
+        if bool(torch.isnan(self.matrix(x[..., :64, :], y[..., :64, :])).any()):
+            raise InvalidProblem("the cost function returned NaN; return finite numbers, or +inf for a forbidden pair")
+
+    def __repr__(self) -> str:
+        return f"CallableCost({getattr(self.function, '__name__', 'function')})"
+
+
+def as_cost(obj: Any) -> Cost:
+    """A `Cost` as it is, a function as `CallableCost`, an array as `MatrixCost`; else `InvalidProblem`."""
+    if isinstance(obj, Cost):
+        return obj
+    if isinstance(obj, type) and issubclass(obj, Cost):
+        raise InvalidProblem(f"cost is the class {obj.__name__}; pass an object: cost={obj.__name__}()")
+    if isinstance(obj, str):
+        raise InvalidProblem(f"cost is the string {obj!r}; pass an object such as sbot.Quadratic() or sbot.Lp(1)")
+    return CallableCost(obj) if callable(obj) else MatrixCost(obj)

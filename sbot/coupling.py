@@ -1,0 +1,275 @@
+"""The static half of a bridge: the plan, its marginals and its values, from two potentials.
+
+``log dP = log phi(dx) - C(x, y) / eps - log Z + log psi(dy)``.  One class for each family of potentials.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from . import linalg
+from .errors import InvalidProblem, Unsupported
+from .gaussian import GaussianPlan, couple
+from .kernels import LogKernel, make_kernel, require_memory
+from .measures import Discrete, Gaussian, Measure
+from .potentials import Atoms
+from .problem import Problem
+from .reference import LinearReference
+
+
+class Coupling(ABC):
+    """The plan of a bridge."""
+
+    @abstractmethod
+    def plan(self, rows: Any = None) -> Tensor | Gaussian:
+        """The plan itself."""
+
+    @property
+    @abstractmethod
+    def ends(self) -> tuple[Measure, Measure]:
+        """The marginals of the plan; they differ from mu and nu where those are relaxed."""
+
+    @abstractmethod
+    def cost(self) -> Tensor:
+        """The entropic objective, ``(*b,)``."""
+
+    @abstractmethod
+    def linear_cost(self) -> Tensor:
+        """``<P, C>``, ``(*b,)``."""
+
+    @abstractmethod
+    def gap(self) -> Tensor:
+        """Objective of a feasible plan minus `cost`, ``(*b,)``."""
+
+    @abstractmethod
+    def between(self, t: float) -> Measure | None:
+        """The law at ``0 < t < 1`` where it has a name, else None."""
+
+
+@final
+class DiscreteCoupling(Coupling):
+    """``P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps)``; everything streams over tiles of rows."""
+
+    def __init__(self, problem: Problem, phi: Atoms, psi: Atoms) -> None:
+        assert isinstance(problem.mu, Discrete) and isinstance(problem.nu, Discrete)
+        self.problem, self.eps = problem, problem.eps
+        log_z = problem.log_normaliser()
+        left, right = phi.log_weights, psi.log_weights - log_z
+        self._logs = left, right
+        self._mu, self._nu = problem.mu, problem.nu
+
+    def _kernel(self) -> LogKernel:
+        return make_kernel(self.problem.cost, *(site.detach() for site in self.problem.sites))
+
+    def dual_values(self) -> tuple[Tensor, Tensor]:
+        """``f`` and ``g`` at the atoms; atoms of zero weight take the value of the c-transform."""
+        kernel = self._kernel()
+        out = []
+        for side, (weights, here, there, rho) in enumerate(
+            zip((self._mu.weights, self._nu.weights), self._logs, self._logs[::-1], self.problem.relax, strict=True)
+        ):
+            live = weights.detach() > 0
+            f = self.eps * (here - weights.detach().log())
+            if not bool(live.all()):
+                transform = (kernel if side == 0 else kernel.T).reduce(there, self.eps)[0]
+                f = torch.where(live, f, -damping(rho, self.eps) * self.eps * transform)
+            out.append(f)
+        return out[0], out[1]
+
+    def plan(self, rows: Any = None) -> Tensor:
+        x, y = (site.detach() for site in self.problem.sites)
+        left, right = self._logs
+        kernel: LogKernel
+        if rows is not None:
+            index = as_rows(rows, self._mu.n, left.device)
+            left = left[..., index]
+            cost = self.problem.cost
+            x = x[index] if not x.dtype.is_floating_point else x[..., index, :]
+            kernel = make_kernel(cost, x, y)
+        else:
+            kernel = self._kernel()
+        size = math.prod((*kernel.batch_shape, *kernel.shape)) * kernel.dtype.itemsize
+        require_memory(size, kernel.device, f"a dense plan of shape {kernel.shape}", "ask for plan(rows=...) in parts")
+        out = torch.empty((*kernel.batch_shape, *kernel.shape), dtype=kernel.dtype, device=kernel.device)
+        for tile in kernel.tiles():
+            part = torch.add(right[..., None, :], kernel.entries(tile), alpha=-1 / self.eps, out=out[..., tile, :])
+            part.add_(left[..., tile, None]).exp_()
+        return out
+
+    @property
+    def ends(self) -> tuple[Measure, Measure]:
+        a, b = self.target_marginals()
+        return Discrete(self._mu.points, a), Discrete(self._nu.points, b)
+
+    def target_marginals(self) -> tuple[Tensor, Tensor]:
+        """``a e^{-f / rho}`` and ``b e^{-g / rho}``: what the marginals are at the solution."""
+        rho = self.problem.relax
+        if rho == (math.inf, math.inf):
+            return self._mu.weights.detach(), self._nu.weights.detach()
+        f, g = self.dual_values()
+        return (
+            self._mu.weights.detach() * torch.exp(-f / rho[0]),
+            self._nu.weights.detach() * torch.exp(-g / rho[1]),
+        )
+
+    def cost(self) -> Tensor:
+        """The dual objective, with the gradients of the envelope theorem.
+
+        With f and g held, the dual is ``<a, F(f)> + <b, F(g)> - eps (sum_ij P_ij - sum a sum b)``, with
+        ``F(f) = f`` or ``rho (1 - e^{-f / rho})``; its partial derivatives are the gradients at the solution.  The ones
+        in the weights are written out, since ``log b`` has none at an atom of zero weight.
+        """
+        eps, (rho_a, rho_b) = self.eps, self.problem.relax
+        a, b = self._mu.weights, self._nu.weights
+        f, g = self.dual_values()
+        x, y = self.problem.sites
+        lse = make_kernel(self.problem.cost, x, y).reduce(self._logs[1], eps)[0]
+        density = torch.exp(f / eps + lse)  # row sums of P over a
+        mass_a, mass_b = a.detach().sum(-1, keepdim=True), b.detach().sum(-1, keepdim=True)
+        slope_a = dual_term(f, rho_a) + eps * (mass_b - density.detach())
+        total = (a.detach() * (dual_term(f, rho_a) + eps * (mass_b - density))).sum(-1)
+        total = total + (b.detach() * dual_term(g, rho_b)).sum(-1)
+        if torch.is_grad_enabled() and a.requires_grad:
+            total = total + ((a - a.detach()) * slope_a).sum(-1)
+        if torch.is_grad_enabled() and b.requires_grad:
+            back = self._kernel().T.reduce(self._logs[0], eps)[0]
+            slope_b = dual_term(g, rho_b) + eps * (mass_a - torch.exp(g / eps + back))
+            total = total + ((b - b.detach()) * slope_b).sum(-1)
+        return total
+
+    def _tiles(self, left: Tensor, right: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Rows, their log-plan for the given log-weights, and their costs; in float64."""
+        kernel = self._kernel()
+        for rows in kernel.tiles():
+            c = kernel.entries(rows).double()
+            yield rows, left[..., rows, None].double() + right[..., None, :].double() - c / self.eps, c
+
+    def linear_cost(self) -> Tensor:
+        total = torch.zeros(self.problem.batch_shape, dtype=torch.float64, device=self.problem.device)
+        for _, log_p, c in self._tiles(*self._logs):
+            total += torch.where(torch.isfinite(c), log_p.exp() * c, 0.0).sum((-2, -1))
+        return total.to(self.problem.dtype)
+
+    def gap(self) -> Tensor:
+        """``eps KL(P' | P)`` with P' feasible, plus ``rho KL(P 1 | a e^{-f / rho})`` where a marginal is relaxed.
+
+        This is the objective of P' minus the dual, term by term non-negative.  P' is the rounding of Altschuler, Weed and
+        Rigollet (2017): rows and columns scaled down to their marginals, then a rank-one correction.
+        """
+        eps, (rho_a, rho_b) = self.eps, self.problem.relax
+        kernel = self._kernel()
+        left, right = (log.double() for log in self._logs)
+        a, b = (w.double() for w in self.target_marginals())
+        scale_l, scale_r = left, right
+        excess = torch.zeros(self.problem.batch_shape, dtype=torch.float64, device=a.device)
+        hard_a, hard_b = math.isinf(rho_a), math.isinf(rho_b)
+
+        def sums(side: int, here: Tensor, there: Tensor) -> Tensor:
+            lse = (kernel if side == 0 else kernel.T).reduce(there.to(kernel.dtype), eps)[0].double()
+            return torch.exp(here + lse)
+
+        if not hard_a:
+            excess += rho_a * divergence(sums(0, left, right), a)
+        if not hard_b:
+            excess += rho_b * divergence(sums(1, right, left), b)
+        if hard_a:
+            ratio = a / sums(0, left, right)
+            scale_l = left + torch.where(a > 0, ratio.clamp(max=1.0) if hard_b else ratio, 1.0).log()
+        if hard_b:
+            ratio = b / sums(1, right, scale_l)
+            scale_r = right + torch.where(b > 0, ratio.clamp(max=1.0) if hard_a else ratio, 1.0).log()
+        rest_a, rest_b = torch.zeros_like(a), torch.zeros_like(b)
+        if hard_a and hard_b:
+            rest_a = (a - sums(0, scale_l, scale_r)).clamp(min=0)
+            rest_b = (b - sums(1, scale_r, scale_l)).clamp(min=0)
+            rest_b = rest_b / rest_a.sum(-1, keepdim=True).clamp(min=1e-300)
+        shift = scale_l - left, scale_r - right
+        for rows, log_p, _ in self._tiles(left, right):
+            move = shift[0][..., rows, None].nan_to_num() + shift[1][..., None, :].nan_to_num()
+            p = log_p.exp()
+            new = p * move.exp() + rest_a[..., rows, None] * rest_b[..., None, :]
+            change = torch.where(rest_a[..., rows, None] * rest_b[..., None, :] > 0, new.log() - log_p, move)
+            term = torch.where(new > 0, new * change, 0.0) - new + p
+            excess += eps * term.sum((-2, -1))
+        return excess.clamp(min=0).to(self.problem.dtype)
+
+    def between(self, t: float) -> None:
+        return None
+
+
+def divergence(p: Tensor, q: Tensor) -> Tensor:
+    """``KL(p | q) = sum p log(p / q) - p + q`` over the last dimension."""
+    return (torch.special.xlogy(p, p) - torch.special.xlogy(p, q) - p + q).sum(-1)
+
+
+def damping(rho: float, eps: float) -> float:
+    """``rho / (rho + eps)``: what a relaxed marginal does to a half-step; 1 for a hard one."""
+    return 1.0 if math.isinf(rho) else rho / (rho + eps)
+
+
+def dual_term(f: Tensor, rho: float) -> Tensor:
+    """What a potential contributes to the dual: ``f``, or ``rho (1 - e^{-f / rho})`` where the marginal is relaxed."""
+    return f if math.isinf(rho) else -rho * torch.expm1(-f / rho)
+
+
+def as_rows(rows: Any, n: int, device: torch.device) -> Tensor:
+    """Row numbers as an index tensor."""
+    if isinstance(rows, slice):
+        return torch.arange(n, device=device)[rows]
+    index = torch.as_tensor(rows, device=device)
+    if index.ndim == 0:
+        index = index[None]
+    if index.dtype.is_floating_point or index.dtype == torch.bool or index.ndim != 1:
+        raise InvalidProblem("rows must be row numbers; give a slice, an integer, or a 1-D array of integers")
+    if len(index) and (int(index.min()) < -n or int(index.max()) >= n):
+        raise InvalidProblem(f"rows go from {int(index.min())} to {int(index.max())} and the plan has {n}")
+    return index % n
+
+
+@final
+class GaussianCoupling(Coupling):
+    """The plan between two Gaussians, itself a Gaussian on ``R^{2d}``."""
+
+    def __init__(self, problem: Problem) -> None:
+        mu, nu, reference = problem.mu, problem.nu, problem.reference
+        assert isinstance(mu, Gaussian) and isinstance(nu, Gaussian) and isinstance(reference, LinearReference)
+        self.problem, self._mu, self._nu, self._reference = problem, mu, nu, reference
+        self.pieces: GaussianPlan = couple(mu, nu, reference, problem.eps)
+
+    def plan(self, rows: Any = None) -> Gaussian:
+        if rows is not None:
+            raise Unsupported("the plan of two Gaussians is a Gaussian and has no rows; use plan() or condition(x)")
+        cross = self.pieces.cross
+        cov = torch.cat([torch.cat([self._mu.cov, cross], -1), torch.cat([cross.mT, self._nu.cov], -1)], -2)
+        return Gaussian(torch.cat([self._mu.mean, self._nu.mean], -1), cov)
+
+    @property
+    def ends(self) -> tuple[Measure, Measure]:
+        return self._mu, self._nu
+
+    def cost(self) -> Tensor:
+        return self.pieces.linear_cost + self.problem.eps * self.pieces.information
+
+    def linear_cost(self) -> Tensor:
+        return self.pieces.linear_cost
+
+    def gap(self) -> Tensor:
+        return torch.zeros_like(self.pieces.linear_cost)
+
+    def between(self, t: float) -> Gaussian:
+        law = self._reference.pin(0.0, t)
+        d = self._mu.event_shape[0]
+        like = self._mu.mean
+        near, far = (linalg.matrix(part.to(like), d) for part in (law.near, law.far))
+        mixed = near @ self.pieces.cross @ far.mT
+        cov = near @ self._mu.cov @ near.mT + far @ self._nu.cov @ far.mT + mixed + mixed.mT
+        cov = cov + self.problem.eps * linalg.matrix(law.cov.to(like), d)
+        shift = law.shift.to(like)
+        mean = (near @ self._mu.mean[..., None] + far @ self._nu.mean[..., None])[..., 0] + shift
+        return Gaussian(mean, (cov + cov.mT) / 2)

@@ -1,0 +1,46 @@
+"""The cost stored as a matrix: for problems that fit the memory budget, and for costs given as one."""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from torch import Tensor
+
+from .base import LogKernel
+
+
+@final
+class DenseKernel(LogKernel):
+    """``C`` itself, ``(*b, n, m)``."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+        self.shape = (matrix.shape[-2], matrix.shape[-1])
+        self.batch_shape, self.dtype, self.device = tuple(matrix.shape[:-2]), matrix.dtype, matrix.device
+
+    @property
+    def T(self) -> DenseKernel:
+        return DenseKernel(self.matrix.mT)
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.matrix.requires_grad
+
+    def entries(self, rows: slice) -> Tensor:
+        return self.matrix[..., rows, :]
+
+    def buffer(self, rows: int) -> Tensor:
+        if self.matrix.stride(-1) == 1 or self.shape[1] == 1:
+            return super().buffer(rows)
+        # a transposed view: lay the tile out as the matrix is, or every operation strides through memory
+        shape = (*self.batch_shape, self.shape[1], rows)
+        return torch.empty(shape, dtype=self.dtype, device=self.device).mT
+
+    def absorb(self, f: Tensor, g: Tensor, eps: float, out: Tensor) -> Tensor:
+        """``exp((f_i + g_j - C_ij) / eps)`` into ``out`` ``(*b, n, m)``; ``-inf`` in a potential drops its atom."""
+        left, right = f[..., None] / eps, g[..., None, :] / eps
+        for rows in self.tiles():
+            tile = torch.add(right, self.entries(rows), alpha=-1 / eps, out=out[..., rows, :])
+            tile.add_(left[..., rows, :]).exp_()
+        return out

@@ -1,0 +1,38 @@
+"""How much memory there is, asked before it is taken."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Free bytes on the device, or None where the system does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    limits = []
+    try:
+        import resource
+
+        soft = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if soft != resource.RLIM_INFINITY:
+            with open("/proc/self/statm", encoding="ascii") as file:
+                limits.append(soft - int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE"))
+    except (ImportError, OSError, ValueError):
+        pass
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            limits += [int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable")]
+    except OSError:
+        pass
+    return min(limits) if limits else None
+
+
+def require_memory(needed: int, device: torch.device, what: str, remedy: str) -> None:
+    """Raise `MemoryError` with the number and the remedy where ``needed`` bytes are not to be had."""
+    free = available_bytes(device)
+    if free is not None and needed > free:
+        raise MemoryError(
+            f"{what} needs {needed / 2**30:.2f} GiB and {max(free, 0) / 2**30:.2f} GiB are free; {remedy}"
+        )

@@ -1,0 +1,71 @@
+"""The cost computed from the points, a tile of rows at a time: O(n + m) memory whatever the cost."""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from torch import Tensor
+
+from ..costs import Cost
+from .base import LogKernel
+
+
+@final
+class TiledKernel(LogKernel):
+    """``C(x_i, y_j)`` on the fly.
+
+    Where the cost embeds, ``-C_ij / eps = (u_i . v_j - |u_i|^2 / 2 - |v_j|^2 / 2) / eps`` and a tile of logits is one
+    matrix product into the buffer.  The points are centred first: the expansion loses digits to a common offset.
+    """
+
+    def __init__(self, cost: Cost, x: Tensor, y: Tensor, *, flipped: bool = False) -> None:
+        self.cost, self.x, self.y, self.flipped = cost, x, y, flipped
+        rows, columns = (y, x) if flipped else (x, y)
+        self.shape = (rows.shape[-2], columns.shape[-2])
+        self.batch_shape, self.dtype, self.device = tuple(x.shape[:-2]), x.dtype, x.device
+        with torch.no_grad():
+            self._embedded = self._centred(x, y)
+
+    def _centred(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
+        pair = self.cost.embed(x, y)
+        if pair is None:
+            return None
+        u, v = pair[::-1] if self.flipped else pair
+        centre = (u.mean(-2, keepdim=True) + v.mean(-2, keepdim=True)) / 2
+        return (u - centre).contiguous(), (v - centre).contiguous()
+
+    @property
+    def T(self) -> TiledKernel:
+        return TiledKernel(self.cost, self.x, self.y, flipped=not self.flipped)
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.x.requires_grad or self.y.requires_grad
+
+    def entries(self, rows: slice) -> Tensor:
+        if self.flipped:
+            return self.cost.matrix(self.x, self.y[..., rows, :]).mT
+        return self.cost.matrix(self.x[..., rows, :], self.y)
+
+    def column(self, bias: Tensor, eps: float) -> Tensor:
+        return bias if self._embedded is None else bias - self._embedded[1].square().sum(-1) / (2 * eps)
+
+    def logits(self, rows: slice, column: Tensor, eps: float, out: Tensor) -> Tensor:
+        if self._embedded is None:
+            return super().logits(rows, column, eps, out)
+        u, v = self._embedded
+        if not self.batch_shape:
+            return torch.addmm(column, u[rows], v.mT, alpha=1 / eps, out=out)
+        return torch.matmul(u[..., rows, :], v.mT, out=out).mul_(1 / eps).add_(column[..., None, :])
+
+    def offset(self, eps: float) -> Tensor | None:
+        return None if self._embedded is None else self._embedded[0].square().sum(-1) / (-2 * eps)
+
+    def scale(self) -> tuple[Tensor, Tensor]:
+        if self._embedded is not None:
+            u, v = (t.double() for t in self._embedded)
+            square_u, square_v = u.square().sum(-1), v.square().sum(-1)
+            mean = (square_u.mean(-1) + square_v.mean(-1)) / 2 - (u.mean(-2) * v.mean(-2)).sum(-1)
+            return mean, (square_u.amax(-1).sqrt() + square_v.amax(-1).sqrt()).square() / 2
+        return super().scale()

@@ -1,0 +1,113 @@
+"""Small linear algebra for Gaussian measures and linear references.
+
+An *operator* is a tensor that acts on the last dimension of ``(..., d)``: 0-dimensional for a multiple of the identity,
+``(..., d, d)`` for a matrix.  Multiples of the identity stay scalars, so that a Brownian reference costs nothing in
+dimension 784.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Keep float32 products in float32: no TF32 and no bfloat16 inside, the caller's setting restored after."""
+    before = torch.get_float32_matmul_precision()
+    if before == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class _SqrtPSD(torch.autograd.Function):
+    """Square root of a positive semi-definite matrix; the backward pass solves the Sylvester equation.
+
+    Differentiating through `eigh` fails when eigenvalues repeat (the identity!); the square root itself does not.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor) -> Tensor:
+        values, vectors = torch.linalg.eigh(matrix)
+        roots = values.clamp(min=0).sqrt()
+        ctx.save_for_backward(roots, vectors)
+        return (vectors * roots[..., None, :]) @ vectors.mT
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        roots, vectors = ctx.saved_tensors
+        sums = roots[..., :, None] + roots[..., None, :]
+        inner = vectors.mT @ ((grads[0] + grads[0].mT) / 2) @ vectors
+        return vectors @ torch.where(sums > 0, inner / sums, torch.zeros_like(inner)) @ vectors.mT
+
+
+def sqrtm(matrix: Tensor) -> Tensor:
+    """Symmetric square root of a positive semi-definite matrix ``(..., d, d)``; singular is legal, differentiable."""
+    return _SqrtPSD.apply(symmetrise(matrix))  # type: ignore[no-any-return,no-untyped-call]
+
+
+def symmetrise(matrix: Tensor) -> Tensor:
+    """``(M + M') / 2``."""
+    return (matrix + matrix.mT) / 2
+
+
+# ---- operators: scalars or matrices --------------------------------------------------------------------------------
+
+
+def apply(op: Tensor, x: Tensor) -> Tensor:
+    """``op @ x`` for points ``(..., n, d)``; a matrix may carry the leading batch dimensions of ``x``."""
+    return op * x if op.ndim == 0 else x @ op.mT
+
+
+def compose(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b``."""
+    return a * b if a.ndim == 0 or b.ndim == 0 else a @ b
+
+
+def transpose(op: Tensor) -> Tensor:
+    """``op'``."""
+    return op if op.ndim == 0 else op.mT
+
+
+def add(a: Tensor, b: Tensor) -> Tensor:
+    """``a + b``, where a scalar means a multiple of the identity."""
+    if a.ndim == 0 and b.ndim != 0:
+        a = matrix(a, b.shape[-1])
+    if b.ndim == 0 and a.ndim != 0:
+        b = matrix(b, a.shape[-1])
+    return a + b
+
+
+def inverse(op: Tensor) -> Tensor:
+    """``op^-1``."""
+    return 1 / op if op.ndim == 0 else torch.linalg.inv(op)
+
+
+def root(op: Tensor) -> Tensor:
+    """Symmetric square root of a positive semi-definite operator."""
+    return op.clamp(min=0).sqrt() if op.ndim == 0 else sqrtm(op)
+
+
+def logdet(op: Tensor, d: int) -> Tensor:
+    """``log |det op|`` in dimension ``d``."""
+    return d * op.abs().log() if op.ndim == 0 else torch.linalg.slogdet(op)[1]
+
+
+def matrix(op: Tensor, d: int) -> Tensor:
+    """The operator as a ``(..., d, d)`` matrix."""
+    return op * torch.eye(d, dtype=op.dtype, device=op.device) if op.ndim == 0 else op
+
+
+def log_gaussian_constant(cov: Tensor, d: int) -> Tensor:
+    """``log sqrt(det(2 pi cov))``, the normaliser of a Gaussian density."""
+    return (d * math.log(2 * math.pi) + logdet(cov, d)) / 2

@@ -1,0 +1,467 @@
+"""Measures: what a bridge starts from and ends at.
+
+Shapes: ``n`` atoms in dimension ``d``, and optional leading batch dimensions ``*b`` (independent problems side by side).
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch import distributions as td
+
+from . import linalg
+from .arrays import as_count, as_tensor, compute_dtype, require_finite
+from .errors import InvalidProblem, Unsupported
+
+Draw = Callable[[int, torch.Generator | None], Tensor]
+
+
+class Measure(ABC):
+    """A finite positive measure that can be sampled.
+
+    Attributes
+    ----------
+    event_shape : shape of one sample; ``(d,)`` for points, ``()`` for the bins of a histogram.
+    batch_shape : the leading batch dimensions ``*b``.
+    dtype, device : where the computation runs.
+    source_dtype : the dtype the measure was given in (half precisions are computed in float32).
+    """
+
+    event_shape: tuple[int, ...]
+    batch_shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    source_dtype: torch.dtype
+
+    @abstractmethod
+    def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """Draw ``n`` samples, ``(*b, n, *event)``."""
+
+    @abstractmethod
+    def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Measure:
+        """The same measure in another dtype or on another device."""
+
+
+def _settle(tensor: Tensor) -> Tensor:
+    return tensor.to(compute_dtype(tensor.dtype))
+
+
+def categorical(log_weights: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
+    """Draw ``(*b, n)`` indices by inverse cumulative weights, in float64: `multinomial` stops at 2^24 categories."""
+    weights = (log_weights - log_weights.amax(-1, keepdim=True)).double().exp()
+    ladder = weights.cumsum(-1)
+    shape = (*log_weights.shape[:-1], n)
+    u = torch.rand(shape, generator=generator, dtype=torch.float64, device=log_weights.device) * ladder[..., -1:]
+    # right=True: an atom of zero weight spans an empty step of the ladder and is never drawn
+    index = torch.searchsorted(ladder, u, right=True)
+    last = (weights > 0).int().mul(torch.arange(1, weights.shape[-1] + 1, device=weights.device)).amax(-1, keepdim=True)
+    return torch.minimum(index, last - 1)
+
+
+@final
+class Discrete(Measure):
+    """Weighted atoms ``sum_i w_i delta(x_i)``.
+
+    Parameters
+    ----------
+    points : ``(*b, n, d)``, finite.  None makes a histogram, whose atoms are known only by number: give a cost matrix.
+    weights : ``(*b, n)``, non-negative with a positive sum; the default is ``1 / n`` each.
+
+    Raises
+    ------
+    InvalidProblem : wrong shapes, NaN or infinity, negative or all-zero weights.
+
+    Examples
+    --------
+    >>> import torch, sbot
+    >>> sbot.Discrete(torch.zeros(3, 2)).weights.tolist() == [torch.tensor(1 / 3).item()] * 3
+    True
+    """
+
+    def __init__(self, points: Any = None, weights: Any = None, *, name: str = "Discrete") -> None:
+        if points is None and weights is None:
+            raise InvalidProblem(f"{name} needs points (n, d) or weights (n,); pass at least one of them")
+        p = None if points is None else as_tensor(points, f"{name} points")
+        w = None if weights is None else as_tensor(weights, f"{name} weights", like=p)
+        given = [t.dtype for t in (p, w) if t is not None]
+        self.source_dtype = given[0] if len(given) == 1 else torch.promote_types(*given)
+        dtype = compute_dtype(self.source_dtype)
+        if p is not None:
+            p = require_finite(_check_points(p, name).to(dtype), f"{name} points")
+        if w is None:
+            assert p is not None
+            w = torch.full(p.shape[:-1], 1 / p.shape[-2], dtype=dtype, device=p.device)
+        self.points, self.weights = p, _check_weights(w.to(dtype), p, name)
+        self.batch_shape, self.event_shape = tuple(self.weights.shape[:-1]), () if p is None else (p.shape[-1],)
+        self.dtype, self.device = dtype, self.weights.device
+
+    @property
+    def n(self) -> int:
+        """Number of atoms."""
+        return self.weights.shape[-1]
+
+    @property
+    def mass(self) -> Tensor:
+        """Total weight ``(*b,)``."""
+        return self.weights.sum(-1)
+
+    def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """Draw ``(*b, n, d)`` atoms in proportion to their weights; a histogram gives bin numbers ``(*b, n)``."""
+        index = categorical(self.weights.detach().log(), as_count(n, "n"), generator)
+        if self.points is None:
+            return index
+        return torch.take_along_dim(self.points, index[..., None], dim=-2)
+
+    def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Discrete:
+        points = None if self.points is None else self.points.to(dtype=dtype, device=device)
+        return Discrete(points, self.weights.to(dtype=dtype, device=device))
+
+    def __repr__(self) -> str:
+        shape = "histogram" if self.points is None else f"d={self.event_shape[0]}"
+        return f"Discrete(n={self.n}, {shape}, batch={self.batch_shape}, {self.dtype})"
+
+
+def _check_points(points: Tensor, name: str) -> Tensor:
+    if points.ndim == 1:
+        raise InvalidProblem(
+            f"{name} points are 1-dimensional, shape ({points.shape[0]},); pass x[:, None] for points on a line, "
+            "or a cost matrix (cost=M) if these are the weights of a histogram"
+        )
+    if points.ndim == 0 or 0 in points.shape:
+        raise InvalidProblem(f"{name} points have shape {tuple(points.shape)}; give (n, d) with n >= 1 and d >= 1")
+    return points
+
+
+def _check_weights(weights: Tensor, points: Tensor | None, name: str) -> Tensor:
+    if points is not None and weights.shape == (*points.shape[:-1], 1):
+        weights = weights.squeeze(-1)
+    if weights.ndim == 0 or 0 in weights.shape:
+        raise InvalidProblem(f"{name} weights have shape {tuple(weights.shape)}; give (n,) with n >= 1")
+    if points is not None and weights.shape != points.shape[:-1]:
+        raise InvalidProblem(
+            f"{name} has weights of shape {tuple(weights.shape)} for points of shape {tuple(points.shape)}; "
+            f"give weights of shape {tuple(points.shape[:-1])}"
+        )
+    if points is not None and weights.device != points.device:
+        raise InvalidProblem(
+            f"{name} has points on {points.device} and weights on {weights.device}; move them to one device"
+        )
+    require_finite(weights, f"{name} weights")
+    if bool((weights < 0).any()):
+        index = torch.nonzero(weights < 0)[0].tolist()
+        raise InvalidProblem(f"{name} has a negative weight at {index}; weights must be >= 0")
+    if bool((weights.sum(-1) <= 0).any()):
+        raise InvalidProblem(f"{name} has weights that are all zero; at least one must be positive")
+    return weights
+
+
+def _check_cov(cov: Tensor, d: int, name: str) -> Tensor:
+    """Symmetric and positive semi-definite up to rounding, or `InvalidProblem`."""
+    if cov.shape[-2:] != (d, d):
+        raise InvalidProblem(
+            f"{name} covariance has shape {tuple(cov.shape)}; give a square (d, d) matrix with d = {d}, as the mean has"
+        )
+    require_finite(cov, f"{name} covariance")
+    plain = cov.detach()
+    scale = plain.abs().amax((-2, -1), keepdim=True)
+    skew = (plain - plain.mT).abs()
+    if bool((skew > 1e-6 * scale).any()):
+        raise InvalidProblem(
+            f"{name} covariance is not symmetric (off by {float(skew.max()):.3g}); pass (S + S.T) / 2 if that is meant"
+        )
+    cov = linalg.symmetrise(cov)
+    values, vectors = torch.linalg.eigh(cov.detach())
+    rounding = 1e-8 if cov.dtype == torch.float64 else 1e-6
+    if bool((values[..., 0] < -rounding * plain.diagonal(dim1=-2, dim2=-1).sum(-1).abs()).any()):
+        raise InvalidProblem(
+            f"{name} covariance is not positive semi-definite (eigenvalue {float(values.min()):.3g}); "
+            "pass a covariance matrix, not a correlation estimate or a standard deviation"
+        )
+    if bool((values < 0).any()):
+        cov = cov + (vectors * (-values.clamp(max=0))[..., None, :]) @ vectors.mT
+    return cov
+
+
+@final
+class Gaussian(Measure):
+    """``N(mean, cov)``; a singular covariance (even zero, a Dirac) is legal.
+
+    Parameters
+    ----------
+    mean : ``(*b, d)``.
+    cov : ``(*b, d, d)``, symmetric positive semi-definite.
+
+    Raises
+    ------
+    InvalidProblem : wrong shapes, NaN or infinity, a covariance that is not symmetric or not positive semi-definite.
+
+    Examples
+    --------
+    >>> import torch, sbot
+    >>> sbot.Gaussian(torch.zeros(2), torch.eye(2)).sample(5).shape
+    torch.Size([5, 2])
+    """
+
+    def __init__(self, mean: Any, cov: Any, *, name: str = "Gaussian") -> None:
+        m = as_tensor(mean, f"{name} mean")
+        c = as_tensor(cov, f"{name} covariance", like=m)
+        if m.ndim == 0 or 0 in m.shape:
+            raise InvalidProblem(f"{name} mean has shape {tuple(m.shape)}; give (d,) with d >= 1")
+        if c.device != m.device:
+            raise InvalidProblem(f"{name} has mean on {m.device} and covariance on {c.device}; move them to one device")
+        self.source_dtype = torch.promote_types(m.dtype, c.dtype)
+        self.dtype, self.device = compute_dtype(self.source_dtype), m.device
+        if c.shape[:-2] != m.shape[:-1]:
+            raise InvalidProblem(
+                f"{name} mean {tuple(m.shape)} and covariance {tuple(c.shape)} differ in their leading dimensions; "
+                "give mean (*b, d) and covariance (*b, d, d)"
+            )
+        self.mean = require_finite(m.to(self.dtype), f"{name} mean")
+        self.cov = _check_cov(c.to(self.dtype), m.shape[-1], name)
+        self.batch_shape, self.event_shape = tuple(m.shape[:-1]), (m.shape[-1],)
+
+    @classmethod
+    def from_samples(cls, x: Any) -> Gaussian:
+        """Mean and (unbiased) covariance of the points ``(*b, n, d)``, n >= 2."""
+        points = _settle(_check_points(as_tensor(x, "x"), "x"))
+        if points.shape[-2] < 2:
+            raise InvalidProblem("x has one point, which has no covariance; give at least two")
+        mean = points.mean(-2)
+        centred = points - mean[..., None, :]
+        return cls(mean, centred.mT @ centred / (points.shape[-2] - 1))
+
+    def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """Draw ``(*b, n, d)``."""
+        shape = (*self.batch_shape, as_count(n, "n"), *self.event_shape)
+        noise = torch.randn(shape, generator=generator, dtype=self.dtype, device=self.device)
+        return self.mean[..., None, :] + noise @ linalg.sqrtm(self.cov)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log-density at ``x`` ``(*b, n, d)``; raises `Unsupported` where the covariance is singular."""
+        factor, fault = torch.linalg.cholesky_ex(self.cov)
+        if bool((fault != 0).any()):
+            raise Unsupported("a Gaussian with singular covariance has no density; add a little to its diagonal")
+        centred = torch.linalg.solve_triangular(factor, (x - self.mean[..., None, :]).mT, upper=False)
+        constant = linalg.log_gaussian_constant(self.cov, self.event_shape[0])
+        return -centred.square().sum(-2) / 2 - constant[..., None]
+
+    def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Gaussian:
+        return Gaussian(self.mean.to(dtype=dtype, device=device), self.cov.to(dtype=dtype, device=device))
+
+    def __repr__(self) -> str:
+        return f"Gaussian(d={self.event_shape[0]}, batch={self.batch_shape}, {self.dtype})"
+
+
+@final
+class Mixture(Measure):
+    """``sum_k softmax(logits)_k N(means_k, covs_k)``.
+
+    Parameters
+    ----------
+    logits : ``(K,)``.  means : ``(K, d)``.  covs : ``(K, d, d)``.
+
+    Raises
+    ------
+    InvalidProblem : wrong shapes, NaN or infinity, a covariance that is not positive semi-definite.
+
+    Examples
+    --------
+    >>> import torch, sbot
+    >>> sbot.Mixture(torch.zeros(2), torch.randn(2, 3), torch.eye(3).expand(2, 3, 3)).sample(4).shape
+    torch.Size([4, 3])
+    """
+
+    def __init__(self, logits: Any, means: Any, covs: Any, *, name: str = "Mixture") -> None:
+        components = Gaussian(means, covs, name=name)
+        logit = as_tensor(logits, f"{name} logits", like=components.mean)
+        if components.mean.ndim != 2 or logit.shape != components.mean.shape[:1]:
+            raise InvalidProblem(
+                f"{name} has logits {tuple(logit.shape)} and means {tuple(components.mean.shape)}; "
+                "give (K,), (K, d) and (K, d, d)"
+            )
+        self.logits = require_finite(logit.to(components.dtype), f"{name} logits")
+        self.components = components
+        self.batch_shape, self.event_shape = (), components.event_shape
+        self.dtype, self.device, self.source_dtype = components.dtype, components.device, components.source_dtype
+
+    def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """Draw ``(n, d)``."""
+        index = categorical(self.logits.detach(), as_count(n, "n"), generator)
+        noise = torch.randn((n, *self.event_shape), generator=generator, dtype=self.dtype, device=self.device)
+        roots = linalg.sqrtm(self.components.cov)
+        return self.components.mean[index] + torch.einsum("nij,nj->ni", roots[index], noise)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log-density at ``x`` ``(n, d)``."""
+        each = self.components.log_prob(x.expand(len(self.logits), *x.shape))
+        return (self.logits.log_softmax(0)[:, None] + each).logsumexp(0)
+
+    def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Mixture:
+        g = self.components.to(dtype=dtype, device=device)
+        return Mixture(self.logits.to(dtype=dtype, device=device), g.mean, g.cov)
+
+    def __repr__(self) -> str:
+        return f"Mixture(K={len(self.logits)}, d={self.event_shape[0]}, {self.dtype})"
+
+
+@final
+class Sampler(Measure):
+    """A measure known only through samples.
+
+    Parameters
+    ----------
+    draw : ``draw(n, generator) -> (n, *event)``; every draw is checked for shape, the first also for dtype and NaN.
+    event_shape : shape of one sample; read off the first draw when not given.
+
+    Raises
+    ------
+    InvalidProblem : a draw of the wrong type, shape or dtype, or with NaN or infinity in the first one.
+
+    Examples
+    --------
+    >>> import torch, sbot
+    >>> noise = sbot.Sampler(lambda n, generator: torch.randn(n, 2, generator=generator))
+    >>> noise.sample(3).shape
+    torch.Size([3, 2])
+    """
+
+    def __init__(self, draw: Draw, event_shape: tuple[int, ...] | None = None) -> None:
+        if not callable(draw):
+            raise InvalidProblem(f"draw must be a function draw(n, generator), not {type(draw).__name__}")
+        self._draw = draw
+        self.batch_shape = ()
+        first = self._checked(draw(2, None), 2, None if event_shape is None else tuple(event_shape))
+        require_finite(first, "the first draw of the sampler")
+        self.event_shape = tuple(first.shape[1:])
+        self.source_dtype, self.device = first.dtype, first.device
+        self.dtype = compute_dtype(first.dtype)
+
+    @classmethod
+    def from_dataset(cls, dataset: Any) -> Sampler:
+        """Draw with replacement from a map-style dataset whose items are tensors (or tuples that start with one)."""
+        size = len(dataset)
+
+        def draw(n: int, generator: torch.Generator | None) -> Tensor:
+            index = torch.randint(size, (n,), generator=generator).tolist()
+            return torch.stack([torch.as_tensor(_first(dataset[i])) for i in index])
+
+        return cls(draw)
+
+    @classmethod
+    def from_loader(cls, loader: Iterable[Any]) -> Sampler:
+        """Draw consecutive samples from a loader of batches, starting it again when it ends; the loader shuffles."""
+        stream = _endless(loader)
+        rest: list[Tensor] = []
+
+        def draw(n: int, generator: torch.Generator | None) -> Tensor:
+            parts, have = list(rest), sum(len(part) for part in rest)
+            while have < n:
+                parts.append(torch.as_tensor(_first(next(stream))))
+                have += len(parts[-1])
+            batch = torch.cat(parts)
+            rest[:] = [batch[n:]] if have > n else []
+            return batch[:n]
+
+        return cls(draw)
+
+    def _checked(self, draw: Any, n: int, event: tuple[int, ...] | None) -> Tensor:
+        if not isinstance(draw, Tensor):
+            raise InvalidProblem(f"the sampler returned {type(draw).__name__}; return a torch tensor (n, *event)")
+        if draw.ndim < 2 or draw.shape[0] != n or (event is not None and draw.shape[1:] != event):
+            want = "(n, d)" if event is None else str((n, *event))
+            raise InvalidProblem(f"the sampler returned shape {tuple(draw.shape)} for n = {n}; return {want}")
+        if not draw.dtype.is_floating_point:
+            raise InvalidProblem(f"the sampler returned dtype {draw.dtype}; return floating numbers")
+        return draw
+
+    def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """Draw ``(n, *event)``."""
+        draw = self._checked(self._draw(as_count(n, "n"), generator), n, self.event_shape)
+        return draw.to(dtype=self.dtype, device=self.device)
+
+    def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Sampler:
+        inner = self._draw
+        return Sampler(lambda n, generator: inner(n, generator).to(dtype=dtype, device=device), self.event_shape)
+
+    def __repr__(self) -> str:
+        return f"Sampler(event_shape={self.event_shape}, {self.dtype})"
+
+
+def _first(item: Any) -> Any:
+    return item[0] if isinstance(item, (tuple, list)) else item
+
+
+def _endless(loader: Iterable[Any]) -> Iterator[Any]:
+    while True:
+        empty = True
+        for batch in loader:
+            empty = False
+            yield batch
+        if empty:
+            raise InvalidProblem("the loader is exhausted; pass a loader that can be iterated again, not an iterator")
+
+
+def _seeded(distribution: td.Distribution) -> Draw:
+    """torch.distributions draw from the global generator; a given generator seeds it for one draw only."""
+
+    def draw(n: int, generator: torch.Generator | None) -> Tensor:
+        if generator is None:
+            return distribution.sample((n,))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
+            return distribution.sample((n,))
+
+    return draw
+
+
+def _from_distribution(distribution: td.Distribution) -> Measure:
+    if isinstance(distribution, td.MultivariateNormal):
+        return Gaussian(distribution.loc, distribution.covariance_matrix)
+    if isinstance(distribution, td.Independent) and isinstance(distribution.base_dist, td.Normal):
+        return Gaussian(distribution.base_dist.loc, torch.diag_embed(distribution.base_dist.scale.square()))
+    if isinstance(distribution, td.MixtureSameFamily) and distribution.batch_shape == ():
+        components = _from_distribution(distribution.component_distribution)
+        if isinstance(components, Gaussian):
+            return Mixture(distribution.mixture_distribution.logits, components.mean, components.cov)
+    return Sampler(_seeded(distribution))
+
+
+def as_measure(obj: Any, name: str = "mu", *, histogram: int = 0) -> Measure:
+    """Make a measure of whatever the caller has.
+
+    A `Measure` is returned as it is; a tensor or array ``(n, d)`` becomes `Discrete` with equal weights, a tuple
+    ``(points, weights)`` becomes `Discrete`; an array of ``histogram`` dimensions is the weights of a histogram (a cost
+    matrix was given); `torch.distributions` become `Gaussian`, `Mixture` or `Sampler`; a map-style dataset becomes a
+    `Sampler`; so does a function of ``n`` or of ``(n, generator)``.  Raises `InvalidProblem` for anything else.
+
+    Examples
+    --------
+    >>> import numpy as np, sbot
+    >>> sbot.as_measure(np.zeros((4, 2)))
+    Discrete(n=4, d=2, batch=(), torch.float64)
+    """
+    if isinstance(obj, Measure):
+        return obj
+    if isinstance(obj, td.Distribution):
+        return _from_distribution(obj)
+    if isinstance(obj, torch.utils.data.DataLoader):
+        return Sampler.from_loader(obj)
+    if isinstance(obj, torch.utils.data.Dataset):
+        return Sampler.from_dataset(obj)
+    if isinstance(obj, tuple) and len(obj) == 2 and getattr(obj[0], "ndim", 2) >= 2:
+        return Discrete(obj[0], obj[1], name=name)
+    if callable(obj):
+        try:
+            wide = len(inspect.signature(obj).parameters) >= 2
+        except (TypeError, ValueError):
+            wide = False
+        return Sampler(obj if wide else lambda n, generator: obj(n))
+    array = as_tensor(obj, name)
+    if histogram and array.ndim == histogram:
+        return Discrete(None, array, name=name)
+    return Discrete(array, name=name)

@@ -1,0 +1,207 @@
+"""The bridge that two potentials and a reference make: exact plan, drift, density and paths, without time stepping."""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from . import linalg
+from .bridge import Bridge, DualPotential, Potentials, Report, in_result_dtype
+from .coupling import Coupling, DiscreteCoupling, GaussianCoupling, damping
+from .errors import Unsupported
+from .measures import Discrete, Measure
+from .pack import pack
+from .potentials import Atoms, Potential, Tilted
+from .problem import Problem
+from .reference import LinearReference
+
+
+@final
+class PotentialBridge(Bridge):
+    """``dP = phi(dx) p(X_1 = y | X_0 = x) psi(dy)`` filled with bridges of the reference.
+
+    With ``phi = mu e^{f/eps}`` pushed forward and ``psi = nu e^{g/eps}`` pulled back by the reference,
+    ``p_t = phi_t psi_t`` and the drift is ``b + eps B B' grad log psi_t``.
+    """
+
+    def __init__(self, problem: Problem, phi: Potential, psi: Potential, report: Report) -> None:
+        self.problem, self.phi, self.psi, self.report = problem, phi, psi, report
+        self.coupling: Coupling
+        if isinstance(phi, Atoms) and isinstance(psi, Atoms):
+            self.coupling = DiscreteCoupling(problem, phi, psi)
+        else:
+            self.coupling = GaussianCoupling(problem)
+
+    # ---- static ----------------------------------------------------------------------------------------------------
+
+    @in_result_dtype
+    def plan(self, rows: Any = None) -> Any:
+        return self.coupling.plan(rows)
+
+    @in_result_dtype
+    def cost(self) -> Tensor:
+        """The dual objective: a lower bound that `gap` closes.  Differentiable in points, weights and cost matrix."""
+        return self.coupling.cost()
+
+    @in_result_dtype
+    def linear_cost(self) -> Tensor:
+        return self.coupling.linear_cost()
+
+    @in_result_dtype
+    def gap(self) -> Tensor:
+        return self.coupling.gap()
+
+    def potentials(self) -> Potentials:
+        eps, (rho_mu, rho_nu) = self.problem.eps, self.problem.relax
+
+        def f(x: Any) -> Tensor:
+            return -damping(rho_mu, eps) * eps * self.condition(x).log_mass
+
+        def g(y: Any) -> Tensor:
+            points = self._points(y, "y")
+            tilted, jacobian = self.problem.reference.push_forward(self.phi, 1.0, points, eps)
+            log_mass = tilted.log_mass + jacobian.to(self.problem.device) + self.problem.log_normaliser()
+            return -damping(rho_nu, eps) * eps * log_mass
+
+        return Potentials(
+            DualPotential(self._cast(f), lambda: self._dual_values()[0]),
+            DualPotential(self._cast(g), lambda: self._dual_values()[1]),
+        )
+
+    def _cast(self, function: Any) -> Any:
+        return lambda x: function(x).to(self.problem.result_dtype)
+
+    @in_result_dtype
+    def _dual_values(self) -> tuple[Tensor, Tensor]:
+        if not isinstance(self.coupling, DiscreteCoupling):
+            raise Unsupported("a Gaussian has no atoms; call the potential at points: potentials().f(x)")
+        return self.coupling.dual_values()
+
+    # ---- dynamic ---------------------------------------------------------------------------------------------------
+
+    def condition(self, x: Any = None, s: float = 0.0) -> Tilted:
+        time = self._time(s, "s")
+        if x is None and time > 0:
+            raise Unsupported(f"the atoms of mu are places at s = 0, not at s = {time:g}; give points x")
+        if x is None and not isinstance(self.phi, Atoms):
+            raise Unsupported("mu has no atoms; give points x, such as mu.sample(1000)")
+        points = self.problem.sites[0] if x is None else self._points(x)
+        if time == 1:
+            raise Unsupported("given X_1 = x there is nothing left to know; ask at s < 1")
+        return self.problem.reference.pull_back(self.psi, time, points, self.problem.eps)
+
+    @in_result_dtype
+    def drift(self, t: float, x: Any) -> Tensor:
+        """``b(t, x) + eps B B' Phi(1, t)' score``, with the score of the tilted end (Tweedie); finite for t < 1."""
+        time, points, reference = *self._place(t, x), self._linear()
+        if time == 1:
+            score = self.psi.score(points)
+        else:
+            phi = reference.transition(time, 1.0).phi.to(points)
+            tilted = reference.pull_back(self.psi, time, points, self.problem.eps)
+            score = linalg.apply(linalg.transpose(phi), tilted.score)
+        return reference.drift(time, points) + self._spread(time, score)
+
+    @in_result_dtype
+    def reverse_drift(self, t: float, x: Any) -> Tensor:
+        """``-b(t, x) + eps B B' grad log phi_t``, in forward time t; finite for t > 0."""
+        time, points, reference = *self._place(t, x), self._linear()
+        if time == 0:
+            score = self.phi.score(points)
+        else:
+            phi = reference.transition(0.0, time).phi.to(points)
+            tilted, _ = reference.push_forward(self.phi, time, points, self.problem.eps)
+            score = linalg.apply(linalg.inverse(linalg.transpose(phi)), tilted.score)
+        return self._spread(time, score) - reference.drift(time, points)
+
+    @in_result_dtype
+    def log_prob(self, t: float, x: Any) -> Tensor:
+        """``log phi_t(x) + log psi_t(x)``; an unbalanced bridge integrates to the mass of its plan."""
+        time, points, reference = *self._place(t, x), self._linear()
+        eps = self.problem.eps
+        if time == 0:
+            ahead = self.phi.log_density(points)
+        else:
+            tilted, jacobian = reference.push_forward(self.phi, time, points, eps)
+            ahead = tilted.log_mass + jacobian
+        if time == 1:
+            return ahead + self.psi.log_density(points)
+        return ahead + reference.pull_back(self.psi, time, points, eps).log_mass
+
+    def _place(self, t: Any, x: Any) -> tuple[float, Tensor]:
+        self._linear()
+        return self._time(t), self._points(x)
+
+    def _linear(self) -> LinearReference:
+        reference = self.problem.reference
+        if not isinstance(reference, LinearReference):
+            raise Unsupported(
+                f"{reference!r} knows only its two ends: no drift, density or path; solve with reference=sbot.Brownian()"
+            )
+        return reference
+
+    def _spread(self, t: float, score: Tensor) -> Tensor:
+        noise = self._linear().coefficients(t)[2].to(score)
+        return linalg.apply(self.problem.eps * noise, score)
+
+    # ---- sampling --------------------------------------------------------------------------------------------------
+
+    def marginal(self, t: float) -> Measure:
+        time = self._time(t)
+        if time in (0.0, 1.0):
+            return self.coupling.ends[int(time)]
+        self._linear()
+        return self.coupling.between(time) or super().marginal(time)
+
+    def _pairs(self, n: Any, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        start = self.coupling.ends[0]
+        with torch.no_grad():
+            if isinstance(self.psi, Atoms) and not self.psi.points.dtype.is_floating_point:
+                return self._numbered_pairs(start, self._count(n), generator)
+            x = start.sample(self._count(n), generator=generator)
+            return x, self.condition(x).sample(generator=generator)
+
+    def _numbered_pairs(self, start: Measure, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Pairs where the cost is a matrix: draw atom numbers, then look up the points where there are any."""
+        assert isinstance(start, Discrete) and isinstance(self.psi, Atoms)
+        if start.batch_shape:
+            raise Unsupported("pairs of a batch with a cost matrix are not drawn; solve the problems one by one")
+        index = Discrete(None, start.weights).sample(n, generator=generator)
+        end = self.condition(index).sample(generator=generator)
+        return index if start.points is None else start.points[index], end
+
+    @in_result_dtype
+    def sample_pairs(self, n: int, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Draw ``n`` pairs ``(X_0, X_1)`` from the plan, each ``(*b, n, d)``; bin numbers ``(n,)`` for histograms."""
+        return self._pairs(n, generator)
+
+    @in_result_dtype
+    def sample_paths(self, n: int, times: Any, *, generator: torch.Generator | None = None) -> Tensor:
+        """Draw ``n`` paths ``(*b, n, len(times), d)``: ends from the plan, between them the pinned reference; exact."""
+        listed, reference = self._times(times), self._linear()
+        x, end = self._pairs(n, generator)
+        now, path = 0.0, []
+        with torch.no_grad():
+            for t in listed:
+                if t == 1:
+                    x = end
+                elif t > now:
+                    x = reference.pin(now, t).sample(x, end, self.problem.eps, generator=generator)
+                now = t
+                path.append(x)
+        return torch.stack(path, -2)
+
+    # ---- keeping ---------------------------------------------------------------------------------------------------
+
+    def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> PotentialBridge:
+        return PotentialBridge(
+            self.problem.to(dtype=dtype, device=device),
+            self.phi.to(dtype=dtype, device=device),
+            self.psi.to(dtype=dtype, device=device),
+            self.report,
+        )
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return pack(self.problem, self.phi, self.psi, self.report)

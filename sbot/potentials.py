@@ -1,0 +1,264 @@
+"""Positive measures that stay in their family when tilted: all that a bridge is made of.
+
+A bridge's end is a positive measure ``psi``.  Looked at from an earlier time it is tilted by a Gaussian in the place where
+one stands, ``psi(dy) N(obs; y, V)``: its log-mass is the log of the h-transform, its mean the entropic map.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import final
+
+import torch
+from torch import Tensor
+
+from . import linalg
+from .costs import Cost, TransitionCost
+from .errors import Unsupported
+from .kernels import LogKernel, make_kernel
+from .measures import categorical
+
+
+class Tilted(ABC):
+    """A law of the far end for each of ``n`` places: ``psi(dy) k(obs_i, y) / mass_i``."""
+
+    @property
+    @abstractmethod
+    def log_mass(self) -> Tensor:
+        """``log of the integral of psi(dy) k(obs_i, y)``, ``(*b, n)``."""
+
+    @property
+    @abstractmethod
+    def mean(self) -> Tensor:
+        """Mean of the law, ``(*b, n, d)``."""
+
+    @property
+    @abstractmethod
+    def score(self) -> Tensor:
+        """Gradient of `log_mass` in ``obs``, ``(*b, n, d)``."""
+
+    @abstractmethod
+    def sample(self, *, generator: torch.Generator | None = None) -> Tensor:
+        """One draw for each place, ``(*b, n, d)``."""
+
+
+class Potential(ABC):
+    """A positive measure on the far end, closed under tilting."""
+
+    @abstractmethod
+    def tilt(self, obs: Tensor, cov: Tensor) -> Tilted:
+        """Times ``N(obs_i; y, cov)`` with ``obs`` ``(*b, n, d)`` and ``cov`` an operator (see `linalg`)."""
+
+    @abstractmethod
+    def log_density(self, y: Tensor) -> Tensor:
+        """Log-density at ``y`` ``(*b, n, d)``, where there is one."""
+
+    @abstractmethod
+    def score(self, y: Tensor) -> Tensor:
+        """Gradient of `log_density`."""
+
+    @abstractmethod
+    def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Potential:
+        """The same potential in another dtype or on another device."""
+
+
+@final
+class Atoms(Potential):
+    """``sum_j exp(log_weights_j) delta(points_j)``.
+
+    Parameters
+    ----------
+    points : ``(*b, m, d)``, or integer numbers ``(m,)`` where the cost is a matrix.
+    log_weights : ``(*b, m)``; ``-inf`` drops an atom.
+    values : ``(*b, m, d)``, what a numbered atom stands for; None where it stands for nothing but its number.
+    """
+
+    def __init__(self, points: Tensor, log_weights: Tensor, values: Tensor | None = None) -> None:
+        self.points, self.log_weights = points, log_weights
+        self.values = points if values is None and points.dtype.is_floating_point else values
+
+    def tilt(self, obs: Tensor, cov: Tensor) -> TiltedAtoms:
+        # the Gaussian is the kernel of a cost: exp(-|obs - y|^2_V / 2) up to its normaliser
+        one, zero = (
+            torch.ones((), dtype=obs.dtype, device=obs.device),
+            torch.zeros((), dtype=obs.dtype, device=obs.device),
+        )
+        cost = TransitionCost(one, zero, cov)
+        constant = linalg.log_gaussian_constant(cov, obs.shape[-1])
+        return TiltedAtoms(self, make_kernel(cost, obs, self.points), 1.0, -constant, obs, cov)
+
+    def weigh(self, obs: Tensor, cost: Cost, eps: float) -> TiltedAtoms:
+        """Times ``exp(-C(obs_i, y) / eps)``, for a reference that knows only its cost."""
+        return TiltedAtoms(self, make_kernel(cost, obs, self.points), eps, None, obs, None)
+
+    def log_density(self, y: Tensor) -> Tensor:
+        raise Unsupported("a discrete measure has no density at its own time; ask at 0 < t < 1, or use plan()")
+
+    def score(self, y: Tensor) -> Tensor:
+        raise Unsupported("the drift towards a discrete measure is infinite at its own time; ask at 0 <= t < 1")
+
+    def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Atoms:
+        numbered = not self.points.dtype.is_floating_point
+        points = self.points.to(device=device) if numbered else self.points.to(dtype=dtype, device=device)
+        values = None if self.values is None else self.values.to(dtype=dtype, device=device)
+        return Atoms(points, self.log_weights.to(dtype=dtype, device=device), values)
+
+
+@final
+class TiltedAtoms(Tilted):
+    """Atoms seen through a kernel; the reductions run when they are asked for and stream over tiles."""
+
+    def __init__(
+        self, psi: Atoms, kernel: LogKernel, eps: float, constant: Tensor | None, obs: Tensor, cov: Tensor | None
+    ) -> None:
+        self._psi, self._kernel, self._eps = psi, kernel, eps
+        self._constant, self._obs, self._cov = constant, obs, cov
+
+    @property
+    def log_mass(self) -> Tensor:
+        lse = self._kernel.reduce(self._psi.log_weights, self._eps)[0]
+        return lse if self._constant is None else lse + self._constant
+
+    @property
+    def mean(self) -> Tensor:
+        if self._psi.values is None:
+            raise Unsupported("the bins of a histogram have no mean; give points with the cost matrix, or use plan()")
+        mean = self._kernel.reduce(self._psi.log_weights, self._eps, self._psi.values)[1]
+        assert mean is not None
+        return mean
+
+    @property
+    def score(self) -> Tensor:
+        if self._cov is None:
+            raise Unsupported("a static cost has no drift; give reference=sbot.Brownian()")
+        return linalg.apply(linalg.inverse(self._cov), self.mean - self._obs)
+
+    @property
+    def weights(self) -> Tensor:
+        """The probabilities of the atoms for each place, ``(*b, n, m)``: dense."""
+        n = self._kernel.shape[0]
+        logits = self._psi.log_weights[..., None, :] - self._kernel.entries(slice(0, n)) / self._eps
+        return logits.softmax(-1)
+
+    def sample(self, *, generator: torch.Generator | None = None) -> Tensor:
+        with torch.no_grad():
+            draws = [
+                categorical(self._psi.log_weights[..., None, :] - self._kernel.entries(rows) / self._eps, 1, generator)
+                for rows in self._kernel.tiles()
+            ]
+        index = torch.cat(draws, -2)[..., 0]
+        if self._psi.values is None:
+            return index
+        return torch.take_along_dim(self._psi.values, index[..., None], dim=-2)
+
+
+@final
+class Quadratics(Potential):
+    """``sum_k exp(logits_k) N(y; means_k, covs_k) exp(y' W y / 2)``: mixtures of exponentials of quadratics.
+
+    The precision ``covs_k^-1 - W`` may be indefinite (the end is wider than the reference spreads) and ``covs_k`` may be
+    singular (a degenerate end): the form keeps both bounded, where the information form has an infinite precision.
+
+    Parameters
+    ----------
+    logits : ``(*b, K)``.  means : ``(*b, K, d)``.  covs : ``(*b, K, d, d)``.
+    growth : the matrix ``W``, ``(*b, d, d)``: the precision of the reference's transition.
+    """
+
+    def __init__(self, logits: Tensor, means: Tensor, covs: Tensor, growth: Tensor) -> None:
+        self.logits, self.means, self.covs, self.growth = logits, means, covs, growth
+
+    def tilt(self, obs: Tensor, cov: Tensor) -> TiltedQuadratics:
+        return TiltedQuadratics(self, obs, linalg.matrix(cov, obs.shape[-1]))
+
+    def log_density(self, y: Tensor) -> Tensor:
+        each = self._component_log_density(y)
+        return each.logsumexp(-1)
+
+    def _component_log_density(self, y: Tensor) -> Tensor:
+        factor, fault = torch.linalg.cholesky_ex(self.covs)
+        if bool((fault != 0).any()):
+            raise Unsupported("a singular marginal has no density at its own time; ask at 0 < t < 1")
+        r = (y[..., None, :, :] - self.means[..., :, None, :]).mT
+        white = torch.linalg.solve_triangular(factor, r, upper=False)
+        constant = linalg.log_gaussian_constant(self.covs, y.shape[-1])
+        grown = ((y @ self.growth) * y).sum(-1)
+        each = self.logits[..., None] - constant[..., None] - white.square().sum(-2) / 2 + grown[..., None, :] / 2
+        return each.mT
+
+    def score(self, y: Tensor) -> Tensor:
+        share = self._component_log_density(y).softmax(-1)
+        r = y[..., None, :, :] - self.means[..., :, None, :]
+        each = -torch.linalg.solve(self.covs, r.mT).mT
+        return torch.einsum("...nk,...knd->...nd", share, each) + y @ self.growth
+
+    def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Quadratics:
+        parts = (self.logits, self.means, self.covs, self.growth)
+        return Quadratics(*(part.to(dtype=dtype, device=device) for part in parts))
+
+
+@final
+class TiltedQuadratics(Tilted):
+    r"""A Gaussian mixture for each place: one Kalman update per component, without the inverse of a covariance.
+
+    With ``R = K^1/2``, ``E = V^-1 - W``, ``F = I + R E R`` and ``r = obs - m``, component k has mass
+    ``|F|^-1/2 exp(m'Wm/2 - r'V^-1 r/2 + q'F^-1 q/2)`` times the normaliser of ``V``, with ``q = R (V^-1 r + W m)``;
+    its mean is ``m + R F^-1 q``, its covariance ``R F^-1 R``.
+    """
+
+    def __init__(self, psi: Quadratics, obs: Tensor, cov: Tensor) -> None:
+        self._psi, self._cov = psi, cov
+        d = obs.shape[-1]
+        eye = torch.eye(d, dtype=obs.dtype, device=obs.device)
+        roots = linalg.sqrtm(psi.covs)  # (*b, K, d, d)
+        growth = psi.growth[..., None, :, :]
+        inverse_cov = torch.linalg.inv(cov)[..., None, :, :] if cov.ndim > 2 else torch.linalg.inv(cov)
+        factor = eye + roots @ (inverse_cov - growth) @ roots
+        self._r = obs[..., None, :, :] - psi.means[..., :, None, :]  # (*b, K, n, d)
+        self._pull = psi.means[..., None, :] @ growth  # (*b, K, 1, d): (W m)'
+        whitened = self._r @ inverse_cov
+        q = (whitened + self._pull) @ roots
+        solved = torch.linalg.solve(factor, q.mT).mT
+        grown = (self._pull * psi.means[..., None, :]).sum(-1)
+        each = (
+            psi.logits[..., None]
+            - torch.linalg.slogdet(factor)[1][..., None] / 2
+            + (grown - (whitened * self._r).sum(-1) + (q * solved).sum(-1)) / 2
+            - linalg.log_gaussian_constant(cov, d)[..., None, None]
+        )  # (*b, K, n)
+        self._component_log_mass = each
+        self.component_means = psi.means[..., None, :] + solved @ roots  # (*b, K, n, d)
+        self.component_covs = linalg.symmetrise(roots @ torch.linalg.solve(factor, roots))  # (*b, K, d, d)
+
+    @property
+    def log_mass(self) -> Tensor:
+        return self._component_log_mass.logsumexp(-2)
+
+    @property
+    def component_weights(self) -> Tensor:
+        """Probability of each component, ``(*b, K, n)``."""
+        return self._component_log_mass.softmax(-2)
+
+    @property
+    def mean(self) -> Tensor:
+        return (self.component_weights[..., None] * self.component_means).sum(-3)
+
+    @property
+    def score(self) -> Tensor:
+        # V^-1 (mean - obs), rearranged so that nothing cancels as V -> 0:
+        # (K + V - K W V)^-1 (K W m - (I - K W) r)
+        covs, growth = self._psi.covs, self._psi.growth[..., None, :, :]
+        cov = self._cov[..., None, :, :] if self._cov.ndim > 2 else self._cov
+        left = covs + cov - covs @ growth @ cov
+        right = self._pull @ covs - self._r + (self._r @ growth) @ covs
+        each = torch.linalg.solve(left, right.mT).mT
+        return (self.component_weights[..., None] * each).sum(-3)
+
+    def sample(self, *, generator: torch.Generator | None = None) -> Tensor:
+        means = self.component_means
+        noise = torch.randn(means.shape, generator=generator, dtype=means.dtype, device=means.device)
+        draws = means + noise @ linalg.sqrtm(self.component_covs)
+        if means.shape[-3] == 1:
+            return draws[..., 0, :, :]
+        chosen = categorical(self._component_log_mass.mT, 1, generator)  # (*b, n, 1)
+        return torch.take_along_dim(draws, chosen.mT[..., None], dim=-3)[..., 0, :, :]

@@ -1,0 +1,228 @@
+"""What is asked: two measures, eps, a reference.  Everything a caller can get wrong is found here, once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from .arrays import HALF, as_number
+from .costs import Cost, MatrixCost
+from .errors import InvalidProblem
+from .measures import Discrete, Measure, as_measure
+from .reference import Reference, Static, as_reference
+
+INF = math.inf
+
+
+@final
+@dataclass(frozen=True)
+class Problem:
+    """A validated problem; make it with `Problem.of`.
+
+    Attributes
+    ----------
+    mu, nu : the marginals, of one dtype, device and batch shape.
+    eps : variance of the reference path over [0, 1], in the units of the cost.
+    reference : the reference process, or a static cost.
+    relax : ``(rho_mu, rho_nu)``, the strength of ``rho KL(marginal | given)``; infinite for a hard constraint.
+    result_dtype : dtype of what a bridge returns; half precisions are computed in float32 and cast back.
+    notes : what was done to the input, for the report.
+    """
+
+    mu: Measure
+    nu: Measure
+    eps: float
+    reference: Reference
+    relax: tuple[float, float] = (INF, INF)
+    result_dtype: torch.dtype = torch.float64
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, mu: Any, nu: Any, eps: Any, reference: Any = None, cost: Any = None, relax: Any = None) -> Problem:
+        """Convert and check every argument; raises `InvalidProblem` with the argument, the fault and the way out."""
+        epsilon = _check_eps(eps)
+        rho = _check_relax(relax)
+        ref = as_reference(reference, cost)
+        charge = ref.cost()
+        bins = charge.values.ndim - 1 if isinstance(charge, MatrixCost) else 0
+        a, b = as_measure(mu, "mu", histogram=bins), as_measure(nu, "nu", histogram=bins)
+        _check_devices(a, b, charge)
+        sources = [a.source_dtype, b.source_dtype]
+        dtypes = [a.dtype, b.dtype]
+        if isinstance(charge, MatrixCost):
+            sources.append(charge.source_dtype)
+            dtypes.append(charge.values.dtype)
+        result, dtype = _promote(sources), _promote(dtypes)
+        notes = [f"computed in float32, results returned as {result}"] if result in HALF else []
+        a, b = (m if m.dtype == dtype else m.to(dtype=dtype) for m in (a, b))
+        if isinstance(charge, MatrixCost) and charge.values.dtype != dtype:
+            ref = Static(MatrixCost(charge.values.to(dtype)))
+        problem = cls(a, b, epsilon, ref, rho, result, tuple(notes))
+        problem._check_shapes()
+        return problem._balance() if rho == (INF, INF) else problem
+
+    # ---- what solvers and bridges read -----------------------------------------------------------------------------
+
+    @cached_property
+    def cost(self) -> Cost:
+        """The cost the reference charges."""
+        return self.reference.cost()
+
+    @property
+    def sites(self) -> tuple[Tensor, Tensor]:
+        """Where the atoms are, as the cost wants them: points, or their numbers where the cost is a matrix."""
+        return self._site(self.mu), self._site(self.nu)
+
+    @property
+    def values(self) -> tuple[Tensor | None, Tensor | None]:
+        """The points of the atoms, None for a histogram."""
+        assert isinstance(self.mu, Discrete) and isinstance(self.nu, Discrete)
+        return self.mu.points, self.nu.points
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """Leading batch dimensions."""
+        return self.mu.batch_shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the computation."""
+        return self.mu.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the computation."""
+        return self.mu.device
+
+    def log_normaliser(self) -> Tensor:
+        """``log Z`` of the reference's transition density, see `Reference.log_normaliser`."""
+        like = torch.empty((), dtype=self.dtype, device=self.device)
+        return self.reference.log_normaliser(self.mu.event_shape[0] if self.mu.event_shape else 0, self.eps, like)
+
+    def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Problem:
+        """The same problem in another dtype or on another device."""
+        reference = self.reference
+        if isinstance(self.cost, MatrixCost):
+            reference = Static(MatrixCost(self.cost.values.to(dtype=dtype, device=device)))
+        return replace(
+            self,
+            mu=self.mu.to(dtype=dtype, device=device),
+            nu=self.nu.to(dtype=dtype, device=device),
+            reference=reference,
+            result_dtype=dtype or self.result_dtype,
+        )
+
+    # ---- checks ----------------------------------------------------------------------------------------------------
+
+    def _site(self, measure: Measure) -> Tensor:
+        assert isinstance(measure, Discrete)
+        if isinstance(self.cost, MatrixCost):
+            return torch.arange(measure.n, device=measure.device)
+        assert measure.points is not None
+        return measure.points
+
+    def _check_shapes(self) -> None:
+        mu, nu = self.mu, self.nu
+        if mu.batch_shape != nu.batch_shape:
+            raise InvalidProblem(
+                f"mu has batch dimensions {mu.batch_shape} and nu {nu.batch_shape}; give both the same (nothing broadcasts)"
+            )
+        if isinstance(self.cost, MatrixCost):
+            self._check_matrix(self.cost.values)
+            return
+        for name, measure in (("mu", mu), ("nu", nu)):
+            if measure.event_shape == ():
+                raise InvalidProblem(f"{name} is a histogram without points; give the cost matrix: cost=M")
+        if mu.event_shape != nu.event_shape:
+            raise InvalidProblem(
+                f"mu has samples of shape {mu.event_shape} and nu of shape {nu.event_shape}; "
+                "both must live in the same space, or give a cost matrix: cost=M"
+            )
+        self.reference.check(mu.event_shape[0])
+        if isinstance(mu, Discrete) and isinstance(nu, Discrete):
+            self.cost.check(*self.sites)
+
+    def _check_matrix(self, values: Tensor) -> None:
+        mu, nu = self.mu, self.nu
+        if not isinstance(mu, Discrete) or not isinstance(nu, Discrete):
+            raise InvalidProblem(
+                "a cost matrix couples two histograms; pass weights (n,) and (m,), or Discrete measures"
+            )
+        want = (*mu.batch_shape, mu.n, nu.n)
+        if tuple(values.shape) != want:
+            raise InvalidProblem(
+                f"the cost matrix has shape {tuple(values.shape)} for {mu.n} and {nu.n} atoms; give shape {want}"
+            )
+        allowed = torch.isfinite(values)
+        for name, here, there, axis in (("mu", mu, nu, -1), ("nu", nu, mu, -2)):
+            reachable = (allowed & (there.weights > 0).unsqueeze(-2 if axis == -1 else -1)).any(axis)
+            lost = torch.nonzero(~reachable & (here.weights > 0))
+            if len(lost):
+                raise InvalidProblem(
+                    f"atom {lost[0].tolist()} of {name} has weight but every pair it may take is forbidden (+inf) or empty; "
+                    "allow a pair or drop the atom"
+                )
+
+    def _balance(self) -> Problem:
+        if not isinstance(self.mu, Discrete) or not isinstance(self.nu, Discrete):
+            return self
+        a, b = self.mu.weights.detach().double().sum(-1), self.nu.weights.detach().double().sum(-1)
+        worst = float(((a - b).abs() / torch.maximum(a, b)).max())
+        if worst > (1e-8 if self.dtype == torch.float64 else 1e-5):
+            raise InvalidProblem(
+                f"sum(mu) = {float(a.flatten()[0]):.9g} and sum(nu) = {float(b.flatten()[0]):.9g}: a balanced problem needs "
+                "equal masses; normalise the weights, or relax the marginals: relax=(rho_mu, rho_nu)"
+            )
+        if worst == 0:
+            return self
+        nu = Discrete(self.nu.points, self.nu.weights * (a / b)[..., None].to(self.dtype))
+        note = f"masses differed by {worst:.1e} relative: nu was rescaled to the mass of mu in float64"
+        notes = self.notes if worst < 16 * torch.finfo(self.dtype).eps else (*self.notes, note)
+        return replace(self, nu=nu, notes=notes)
+
+
+def _promote(dtypes: list[torch.dtype]) -> torch.dtype:
+    result = dtypes[0]
+    for dtype in dtypes[1:]:
+        result = torch.promote_types(result, dtype)
+    return result
+
+
+def _check_eps(eps: Any) -> float:
+    if isinstance(eps, str):
+        raise InvalidProblem(f"eps is the string {eps!r}; give a number > 0, such as a hundredth of the mean cost")
+    number = as_number(eps, "eps")
+    if number == 0:
+        raise InvalidProblem("eps is 0, which is unregularised transport; give eps > 0, or use ot.emd from POT")
+    if number < 0 or number == INF:
+        raise InvalidProblem(f"eps is {number}; give a finite number > 0 in the units of the cost")
+    return number
+
+
+def _check_relax(relax: Any) -> tuple[float, float]:
+    if relax is None:
+        return INF, INF
+    pair = tuple(relax) if isinstance(relax, (tuple, list)) else (relax, relax)
+    if len(pair) != 2:
+        raise InvalidProblem(f"relax has {len(pair)} entries; give (rho_mu, rho_nu), infinite for a hard marginal")
+    rho = (as_number(pair[0], "relax[0]"), as_number(pair[1], "relax[1]"))
+    if min(rho) <= 0:
+        raise InvalidProblem(f"relax is {rho}; give numbers > 0, infinite for a hard marginal")
+    return rho
+
+
+def _check_devices(mu: Measure, nu: Measure, cost: Cost) -> None:
+    places = {"mu": mu.device, "nu": nu.device}
+    if isinstance(cost, MatrixCost):
+        places["cost"] = cost.values.device
+    if len(set(places.values())) > 1:
+        raise InvalidProblem(
+            "the input lies on several devices ("
+            + ", ".join(f"{name} on {place}" for name, place in places.items())
+            + "); move all of it to one with .to(device)"
+        )

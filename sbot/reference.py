@@ -1,0 +1,468 @@
+"""Reference processes: ``dX = b(t, X) dt + sqrt(eps) B dW`` on [0, 1], and the cost each charges.
+
+A linear reference moves Gaussians to Gaussians, ``X_t | X_s = x ~ N(Phi x + c, eps Q)``, and that is all a bridge needs:
+its cost, its tilts, its pinned paths.  A static reference knows only the cost of going from one end to the other.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from . import linalg
+from .arrays import as_number, as_tensor, require_finite
+from .costs import Cost, Quadratic, TransitionCost, as_cost
+from .errors import InvalidProblem, Unsupported
+from .potentials import Atoms, Potential, Tilted
+
+Coefficient = Any  # a number, an array, or a function of t that returns one
+
+
+@final
+@dataclass(frozen=True)
+class Affine:
+    """The law ``N(phi x + shift, eps * cov)`` of a later time given ``x``; ``phi`` and ``cov`` are operators."""
+
+    phi: Tensor
+    shift: Tensor
+    cov: Tensor
+
+    def to(self, like: Tensor) -> Affine:
+        """On the dtype and device of ``like``."""
+        return Affine(self.phi.to(like), self.shift.to(like), self.cov.to(like))
+
+    def then(self, later: Affine) -> Affine:
+        """This transition followed by ``later``."""
+        spread = linalg.compose(linalg.compose(later.phi, self.cov), linalg.transpose(later.phi))
+        return Affine(
+            linalg.compose(later.phi, self.phi),
+            _shifted(later.phi, self.shift) + later.shift,
+            linalg.add(later.cov, spread),
+        )
+
+    def mean(self, x: Tensor) -> Tensor:
+        """``phi x + shift`` for ``(..., n, d)``."""
+        return linalg.apply(self.phi, x) + _row(self.shift)
+
+
+@final
+@dataclass(frozen=True)
+class Pinned:
+    """The law ``N(near x_s + far x_1 + shift, eps * cov)`` of the reference between two places it is tied to."""
+
+    near: Tensor
+    far: Tensor
+    shift: Tensor
+    cov: Tensor
+
+    def sample(self, x: Tensor, end: Tensor, eps: float, *, generator: torch.Generator | None = None) -> Tensor:
+        """One draw for each pair of places, all ``(..., n, d)``."""
+        near, far, shift, cov = (part.to(x) for part in (self.near, self.far, self.shift, self.cov))
+        noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+        mean = linalg.apply(near, x) + linalg.apply(far, end) + _row(shift)
+        return mean + linalg.apply(linalg.root(eps * cov), noise)
+
+
+def _row(shift: Tensor) -> Tensor:
+    return shift if shift.ndim == 0 else shift[..., None, :]
+
+
+def _shifted(phi: Tensor, shift: Tensor) -> Tensor:
+    """``phi @ shift`` where either may be a scalar."""
+    if phi.ndim == 0:
+        return phi * shift
+    vector = shift.expand(phi.shape[:-1]) if shift.ndim == 0 else shift
+    return (phi @ vector[..., None])[..., 0]
+
+
+class Reference(ABC):
+    """What a bridge is compared with; a cost is a reference that knows only its two ends."""
+
+    @abstractmethod
+    def cost(self) -> Cost:
+        """``C(x, y) = -eps log p(X_1 = y | X_0 = x)`` up to a constant."""
+
+    @abstractmethod
+    def pull_back(self, psi: Potential, s: float, x: Tensor, eps: float) -> Tilted:
+        """The law of ``X_1`` given ``X_s = x``, weighted by ``psi``."""
+
+    @abstractmethod
+    def push_forward(self, phi: Potential, t: float, y: Tensor, eps: float) -> tuple[Tilted, Tensor]:
+        """The law of ``X_0`` given ``X_t = y``, weighted by ``phi``, and the log-Jacobian to add to its log-mass."""
+
+    def log_normaliser(self, d: int, eps: float, like: Tensor) -> Tensor:
+        """``log Z`` with ``p(X_1 = y | X_0 = x) = exp(-C(x, y) / eps) / Z``; 0 where nothing is normalised."""
+        return torch.zeros((), dtype=like.dtype, device=like.device)
+
+    def check(self, d: int | None) -> None:
+        """Raise `InvalidProblem` where the reference does not live in dimension ``d``."""
+
+
+@final
+class Static(Reference):
+    """A cost and nothing else: plans, potentials and transports exist, drifts and paths do not.
+
+    Examples
+    --------
+    >>> import torch, sbot
+    >>> x = torch.randn(5, 2)
+    >>> sbot.solve_bridge(x, x + 1, 0.5, reference=sbot.Static(sbot.Lp(1))).report.converged
+    True
+    """
+
+    def __init__(self, cost: Any) -> None:
+        self._cost = as_cost(cost)
+
+    def cost(self) -> Cost:
+        return self._cost
+
+    def pull_back(self, psi: Potential, s: float, x: Tensor, eps: float) -> Tilted:
+        return self._weigh(psi, s == 0, x, self._cost, eps)
+
+    def push_forward(self, phi: Potential, t: float, y: Tensor, eps: float) -> tuple[Tilted, Tensor]:
+        tilted = self._weigh(phi, t == 1, y, _Reversed(self._cost), eps)
+        return tilted, torch.zeros((), dtype=torch.float64)
+
+    @staticmethod
+    def _weigh(potential: Potential, at_end: bool, x: Tensor, cost: Cost, eps: float) -> Tilted:
+        if not at_end:
+            raise Unsupported("a static cost has no process between its ends; give reference=sbot.Brownian()")
+        if not isinstance(potential, Atoms):
+            raise Unsupported("a static cost works on discrete measures; pass points, such as mu.sample(4096)")
+        return potential.weigh(x, cost, eps)
+
+    def __repr__(self) -> str:
+        return f"Static({self._cost!r})"
+
+
+@final
+class _Reversed(Cost):
+    """``C(y, x)``."""
+
+    def __init__(self, cost: Cost) -> None:
+        self._cost = cost
+
+    def matrix(self, x: Tensor, y: Tensor) -> Tensor:
+        return self._cost.matrix(y, x).mT
+
+    def embed(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
+        pair = self._cost.embed(y, x)
+        return None if pair is None else pair[::-1]
+
+
+class LinearReference(Reference):
+    """``dX = (A(t) X + b(t)) dt + sqrt(eps) B(t) dW``; a subclass writes `transition` and `coefficients`."""
+
+    @abstractmethod
+    def transition(self, s: float, t: float) -> Affine:
+        """``X_t | X_s = x ~ N(phi x + shift, eps cov)`` for ``0 <= s <= t <= 1``, in float64 on the CPU."""
+
+    @abstractmethod
+    def coefficients(self, t: float) -> tuple[Tensor, Tensor, Tensor]:
+        """``A(t)``, ``b(t)`` and ``B(t) B(t)'``: operator, shift, operator."""
+
+    def cost(self) -> Cost:
+        step = self.transition(0.0, 1.0)
+        return TransitionCost(step.phi, step.shift, step.cov)
+
+    def pull_back(self, psi: Potential, s: float, x: Tensor, eps: float) -> Tilted:
+        step = self.transition(s, 1.0).to(x)
+        return psi.tilt(step.mean(x), eps * step.cov)
+
+    def push_forward(self, phi: Potential, t: float, y: Tensor, eps: float) -> tuple[Tilted, Tensor]:
+        # N(y; Phi x + c, V) as a function of x is N(Phi^-1 (y - c); x, Phi^-1 V Phi^-T) / |det Phi|
+        step = self.transition(0.0, t).to(y)
+        back = linalg.inverse(step.phi)
+        spread = linalg.compose(linalg.compose(back, eps * step.cov), linalg.transpose(back))
+        if spread.ndim:
+            spread = linalg.symmetrise(spread)
+        return phi.tilt(linalg.apply(back, y - _row(step.shift)), spread), -linalg.logdet(step.phi, y.shape[-1])
+
+    def log_normaliser(self, d: int, eps: float, like: Tensor) -> Tensor:
+        return linalg.log_gaussian_constant(eps * self.transition(0.0, 1.0).cov, d).to(like)
+
+    def drift(self, t: float, x: Tensor) -> Tensor:
+        """``A(t) x + b(t)``."""
+        a, b, _ = (part.to(x) for part in self.coefficients(t))
+        return linalg.apply(a, x) + _row(b)
+
+    def pin(self, s: float, t: float) -> Pinned:
+        """The law of ``X_t`` given ``X_s`` and ``X_1``, for ``s <= t <= 1``."""
+        near, far = self.transition(s, t), self.transition(t, 1.0)
+        across = linalg.compose(near.cov, linalg.transpose(far.phi))
+        total = linalg.add(linalg.compose(far.phi, across), far.cov)
+        gain = linalg.compose(across, linalg.inverse(total)) if s < 1 else linalg.inverse(far.phi)
+        spread = linalg.add(near.cov, -linalg.compose(gain, linalg.transpose(across)))
+        whole = near.then(far)
+        return Pinned(
+            linalg.add(near.phi, -linalg.compose(gain, whole.phi)),
+            gain,
+            near.shift - _shifted(gain, whole.shift),
+            linalg.symmetrise(spread) if spread.ndim else spread.clamp(min=0),
+        )
+
+    def check(self, d: int | None) -> None:
+        if d is None:
+            raise InvalidProblem("a process needs points; give the cost matrix (cost=M) of the two histograms instead")
+        step = self.transition(0.0, 1.0)
+        for part in (step.phi, step.cov):
+            if part.ndim and part.shape[-1] != d:
+                raise InvalidProblem(
+                    f"the reference lives in dimension {part.shape[-1]} and the points in dimension {d}; make them equal"
+                )
+        if step.shift.ndim and step.shift.shape[-1] != d:
+            raise InvalidProblem(f"the reference has a shift of {step.shift.shape[-1]} entries for points of {d}")
+        low = step.cov if step.cov.ndim == 0 else torch.linalg.eigvalsh(step.cov)[0]
+        if float(low) <= 1e-14 * float(step.cov.abs().max()):
+            raise InvalidProblem("the reference's noise does not reach every direction by t = 1; give it more noise")
+
+
+def _scalar(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+@final
+class Brownian(LinearReference):
+    """``dX = sqrt(eps) dW``; it charges ``|x - y|^2 / 2``.
+
+    Examples
+    --------
+    >>> import sbot
+    >>> float(sbot.Brownian().transition(0.25, 1.0).cov)
+    0.75
+    """
+
+    def transition(self, s: float, t: float) -> Affine:
+        return Affine(_scalar(1.0), _scalar(0.0), _scalar(t - s))
+
+    def coefficients(self, t: float) -> tuple[Tensor, Tensor, Tensor]:
+        return _scalar(0.0), _scalar(0.0), _scalar(1.0)
+
+    def cost(self) -> Cost:
+        return Quadratic()
+
+    def __repr__(self) -> str:
+        return "Brownian()"
+
+
+@final
+class OrnsteinUhlenbeck(LinearReference):
+    """``dX = -rate (X - mean) dt + sqrt(eps) dW``.
+
+    Parameters
+    ----------
+    rate : any real number; negative repels.
+    mean : a number or ``(d,)``.
+
+    Raises
+    ------
+    InvalidProblem : rate or mean that is not finite.
+
+    Examples
+    --------
+    >>> import sbot
+    >>> round(float(sbot.OrnsteinUhlenbeck(1.5).transition(0.0, 1.0).phi), 4)
+    0.2231
+    """
+
+    def __init__(self, rate: float, mean: Any = 0.0) -> None:
+        self.rate = as_number(rate, "rate")
+        if not math.isfinite(self.rate):
+            raise InvalidProblem(f"rate is {self.rate}; give a finite number")
+        self.mean = require_finite(as_tensor(mean, "mean", like=_scalar(0.0)).detach().double().cpu(), "mean")
+        if self.mean.ndim > 1:
+            raise InvalidProblem(f"mean has shape {tuple(self.mean.shape)}; give a number or (d,)")
+
+    def transition(self, s: float, t: float) -> Affine:
+        exponent = self.rate * (t - s)
+        spread = t - s if exponent == 0 else -math.expm1(-2 * exponent) / (2 * self.rate)
+        return Affine(_scalar(math.exp(-exponent)), -math.expm1(-exponent) * self.mean, _scalar(spread))
+
+    def coefficients(self, t: float) -> tuple[Tensor, Tensor, Tensor]:
+        return _scalar(-self.rate), self.rate * self.mean, _scalar(1.0)
+
+    def __repr__(self) -> str:
+        return f"OrnsteinUhlenbeck(rate={self.rate:g}, mean={self.mean.tolist()})"
+
+
+@final
+class LinearSDE(LinearReference):
+    r"""``dX = (A(t) X + b(t)) dt + sqrt(eps) B(t) dW``.
+
+    Parameters
+    ----------
+    drift : ``A``, a number, ``(d, d)``, or a smooth function of t that returns one.
+    shift : ``b``, a number, ``(d,)``, or such a function.
+    diffusion : ``B``, a number, ``(d, d)``, or such a function.
+
+    The transition is ``exp(Omega)`` of the Van Loan block matrix, by the sixth-order Magnus expansion (Blanes, Casas,
+    Oteo and Ros, "The Magnus expansion and some of its applications", 2009, section 5.4) on ever finer steps until it is stationary; constant coefficients take one step.
+
+    Raises
+    ------
+    InvalidProblem : wrong shapes, NaN or infinity, or coefficients too rough to integrate.
+
+    Examples
+    --------
+    >>> import math, sbot
+    >>> vp = sbot.LinearSDE.vp(0.1, 20.0)                       # variance preserving
+    >>> abs(float(vp.transition(0.0, 1.0).phi) - math.exp(-10.05 / 2)) < 1e-12
+    True
+    """
+
+    def __init__(self, drift: Coefficient = 0.0, shift: Coefficient = 0.0, diffusion: Coefficient = 1.0) -> None:
+        self._drift, self._shift = _coefficient(drift, "drift", 2), _coefficient(shift, "shift", 1)
+        self._diffusion = _coefficient(diffusion, "diffusion", 2)
+        self._cache: dict[tuple[float, float], Affine] = {}
+        #: name and arguments of the schedule it was made from; None where it was made from functions
+        self.recipe: tuple[str, tuple[float, ...]] | None = None
+
+    @classmethod
+    def vp(cls, beta_min: float = 0.1, beta_max: float = 20.0) -> LinearSDE:
+        """Variance preserving: ``A = -beta/2, B = sqrt(beta)`` with ``beta`` linear in t from beta_min to beta_max."""
+        low, high = _positive(beta_min, "beta_min"), _positive(beta_max, "beta_max")
+
+        def beta(t: float) -> float:
+            return low + t * (high - low)
+
+        sde = cls(lambda t: -beta(t) / 2, 0.0, lambda t: math.sqrt(beta(t)))
+        sde.recipe = ("vp", (low, high))
+        return sde
+
+    @classmethod
+    def ve(cls, sigma_min: float = 0.01, sigma_max: float = 1.0) -> LinearSDE:
+        """Variance exploding: ``A = 0, B = sigma``, geometric in t from sigma_min to sigma_max."""
+        low, high = _positive(sigma_min, "sigma_min"), _positive(sigma_max, "sigma_max")
+        sde = cls(0.0, 0.0, lambda t: low * (high / low) ** t)
+        sde.recipe = ("ve", (low, high))
+        return sde
+
+    @property
+    def constants(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """``A, b, B`` where none depends on time, else None."""
+        parts = (self._drift, self._shift, self._diffusion)
+        return None if any(callable(part) for part in parts) else parts  # type: ignore[return-value]
+
+    def coefficients(self, t: float) -> tuple[Tensor, Tensor, Tensor]:
+        a, b, noise = (
+            _coefficient(part(t), name, ndim) if callable(part) else part
+            for part, name, ndim in (
+                (self._drift, "drift", 2),
+                (self._shift, "shift", 1),
+                (self._diffusion, "diffusion", 2),
+            )
+        )
+        assert isinstance(a, Tensor) and isinstance(b, Tensor) and isinstance(noise, Tensor)
+        return a, b, linalg.compose(noise, linalg.transpose(noise))
+
+    def transition(self, s: float, t: float) -> Affine:
+        key = (s, t)
+        if key not in self._cache:
+            if len(self._cache) >= 256:
+                self._cache.pop(next(iter(self._cache)))
+            self._cache[key] = self._integrate(s, t)
+        return self._cache[key]
+
+    def _integrate(self, s: float, t: float) -> Affine:
+        if self.constants is not None or s == t:
+            return self._magnus(s, t, 1)
+        before = self._magnus(s, t, 4)
+        change = math.inf
+        for doubling in range(3, 12):
+            step = self._magnus(s, t, 2**doubling)
+            change = max(
+                float(((new - old).abs() / new.abs().max().clamp(min=1e-300)).max())
+                for new, old in zip((step.phi, step.cov), (before.phi, before.cov), strict=True)
+            )
+            change = max(change, float((step.shift - before.shift).abs().max()))
+            if change < 1e-12:  # the finer of the two is 64 times better still
+                return step
+            before = step
+        if change > 1e-8:
+            raise InvalidProblem(
+                f"the coefficients of the reference vary too roughly between t = {s:g} and {t:g} "
+                f"(the transition is known to {change:.1g}); give smooth functions of t"
+            )
+        return before
+
+    def _magnus(self, s: float, t: float, steps: int) -> Affine:
+        h = (t - s) / steps
+        first, middle, last = (
+            torch.stack([self._generator(s + (k + node) * h) for k in range(steps)])
+            for node in (0.5 - math.sqrt(15) / 10, 0.5, 0.5 + math.sqrt(15) / 10)
+        )
+        a1 = middle * h
+        a2 = (last - first) * (math.sqrt(15) * h / 3)
+        a3 = (last - 2 * middle + first) * (10 * h / 3)
+        c1 = _commutator(a1, a2)
+        c2 = _commutator(a1, 2 * a3 + c1) / -60
+        omega = a1 + a3 / 12 + _commutator(-20 * a1 - a3 + c1, a2 + c2) / 240
+        flow = torch.linalg.matrix_exp(omega)
+        d = (flow.shape[-1] - 1) // 2
+        phi, shift = flow[:, :d, :d], flow[:, :d, 2 * d]
+        parts = Affine(phi, shift, linalg.symmetrise(flow[:, :d, d : 2 * d] @ phi.mT))
+        while len(parts.phi) > 1:  # compose neighbours, half as many each time
+            early, late = (Affine(parts.phi[k::2], parts.shift[k::2], parts.cov[k::2]) for k in (0, 1))
+            parts = early.then(late)
+        phi, shift, cov = parts.phi[0], parts.shift[0], parts.cov[0]
+        return Affine(phi[0, 0], shift[0], cov[0, 0]) if self._is_scalar(t) else Affine(phi, shift, cov)
+
+    def _is_scalar(self, t: float) -> bool:
+        return all(part.ndim == 0 for part in self.coefficients(t))
+
+    def _generator(self, t: float) -> Tensor:
+        """The Van Loan block matrix ``[[A, BB', b], [0, -A', 0], [0, 0, 0]]`` whose flow is the transition."""
+        a, b, noise = self.coefficients(t)
+        d = max(a.shape[-1] if a.ndim else 1, b.shape[-1] if b.ndim else 1, noise.shape[-1] if noise.ndim else 1)
+        block = torch.zeros(2 * d + 1, 2 * d + 1, dtype=torch.float64)
+        block[:d, :d] = linalg.matrix(a, d)
+        block[:d, d : 2 * d] = linalg.matrix(noise, d)
+        block[:d, 2 * d] = b
+        block[d : 2 * d, d : 2 * d] = -block[:d, :d].mT
+        return block
+
+    def __repr__(self) -> str:
+        if self.recipe is not None:
+            return f"LinearSDE.{self.recipe[0]}({', '.join(f'{v:g}' for v in self.recipe[1])})"
+        return "LinearSDE(constant)" if self.constants is not None else "LinearSDE(functions of t)"
+
+
+def _commutator(a: Tensor, b: Tensor) -> Tensor:
+    return a @ b - b @ a
+
+
+def _positive(value: float, name: str) -> float:
+    number = as_number(value, name)
+    if not 0 < number < math.inf:
+        raise InvalidProblem(f"{name} is {number}; give a finite number > 0")
+    return number
+
+
+def _coefficient(value: Coefficient, name: str, ndim: int) -> Tensor | Callable[[float], Any]:
+    if callable(value):
+        return value  # type: ignore[no-any-return]
+    tensor = require_finite(as_tensor(value, name, like=_scalar(0.0)).detach().double().cpu(), name)
+    if tensor.ndim not in (0, ndim) or (ndim == 2 and tensor.ndim == 2 and tensor.shape[0] != tensor.shape[1]):
+        want = "(d, d)" if ndim == 2 else "(d,)"
+        raise InvalidProblem(f"{name} of the reference has shape {tuple(tensor.shape)}; give a number or {want}")
+    return tensor
+
+
+def as_reference(reference: Any, cost: Any) -> Reference:
+    """One of the two, or Brownian motion where neither is given; `InvalidProblem` for both or for anything else."""
+    if reference is not None and cost is not None:
+        raise InvalidProblem("both reference and cost are given; a reference has its own cost, so drop one of them")
+    if cost is not None:
+        return Static(cost)
+    if reference is None:
+        return Brownian()
+    if not isinstance(reference, Reference):
+        hint = f"{reference.__name__}()" if isinstance(reference, type) else "sbot.Brownian()"
+        raise InvalidProblem(f"reference must be a Reference, not {reference!r}; pass an object such as {hint}")
+    return reference

@@ -1,0 +1,9 @@
+"""Solvers: each finds two potentials (or two drifts) and hands them to a bridge."""
+
+from __future__ import annotations
+
+from .base import Progress, Solver
+from .closed_form import ClosedForm
+from .sinkhorn import Sinkhorn
+
+__all__ = ["ClosedForm", "Progress", "Sinkhorn", "Solver"]

@@ -1,0 +1,247 @@
+"""Discrete Sinkhorn: balanced, unbalanced and semi-unbalanced, over any cost, stored or streamed."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from ..arrays import as_count, as_number
+from ..bridge import Bridge, Report
+from ..costs import MatrixCost
+from ..errors import InvalidProblem, NotConverged, NumericalError, PrecisionWarning
+from ..kernels import DenseKernel, make_kernel
+from ..measures import Discrete
+from ..potential_bridge import PotentialBridge
+from ..potentials import Atoms
+from ..problem import Problem
+from .base import Progress, Solver, reporting
+from .halfsteps import State, log_iterations, scaled_iterations
+from .schedule import Schedule
+
+#: Iterations that a stage before the last may take: it only has to be near.
+STAGE_LIMIT = 100
+#: Checks without a new best error (by a thousandth) after which the last stage counts as stalled.
+PATIENCE = 50
+
+
+@final
+@dataclass(frozen=True)
+class Sinkhorn(Solver):
+    """Alternating projections on the marginals of ``P = exp((f + g - C) / eps) mu nu``.
+
+    Parameters
+    ----------
+    tol : relative L1 error of both marginals to stop at; None is the square root of the machine epsilon (1.5e-8 in
+        float64, 3.5e-4 in float32), where the error of the value is about the machine epsilon.  Never below what the
+        dtype can reach, ``4 * machine epsilon * max|C| / eps``; the report has the tolerance that was used.
+    max_iter : iterations in total; an iteration is one half-step on each side.
+    anneal : how eps is lowered from the mean cost to its value; None starts at eps.
+    memory : bytes of n x m storage allowed.  Within it the cost and the absorbed kernel are kept and an iteration is two
+        matrix-vector products; beyond it tiles are streamed and memory is O(n + m).
+
+    Raises
+    ------
+    InvalidProblem : an option out of range.
+    NumericalError : numbers that are not finite in mid-iteration.
+
+    Warns
+    -----
+    NotConverged : the tolerance was not reached; the bridge is returned and its report says how far it got.
+
+    Examples
+    --------
+    >>> import torch, sbot
+    >>> x, y = torch.rand(50, 2, dtype=torch.float64), torch.rand(60, 2, dtype=torch.float64)
+    >>> bridge = sbot.solve_bridge(x, y, 0.05, solver=sbot.Sinkhorn(tol=1e-9))
+    >>> bridge.report.error <= 1e-9
+    True
+    """
+
+    tol: float | None = None
+    max_iter: int = 10_000
+    anneal: Schedule | None = field(default_factory=Schedule)
+    memory: int = 2**30
+
+    def __post_init__(self) -> None:
+        if self.tol is not None and not 0 <= as_number(self.tol, "tol") < math.inf:
+            raise InvalidProblem(f"tol is {self.tol}; give a finite number >= 0, or None")
+        as_count(self.max_iter, "max_iter")
+        as_count(self.memory, "memory", least=0)
+        if self.anneal is not None and not isinstance(self.anneal, Schedule):
+            raise InvalidProblem(f"anneal is {self.anneal!r}; give sbot.solvers.schedule.Schedule(...) or None")
+
+    def accepts(self, problem: Problem) -> str | None:
+        for name, measure in (("mu", problem.mu), ("nu", problem.nu)):
+            if not isinstance(measure, Discrete):
+                return f"{name} is {type(measure).__name__}, needs Discrete; try sbot.Discrete({name}.sample(4096))"
+        return None
+
+    def solve(self, problem: Problem, *, init: Bridge | None = None, progress: Any = None) -> Bridge:
+        """Solve ``problem``, from the potentials of the bridge ``init`` where one is given."""
+        refusal = self.accepts(problem)
+        if refusal is not None:
+            raise InvalidProblem(f"Sinkhorn: {refusal}")
+        start = time.perf_counter()
+        with torch.no_grad(), reporting(progress, "Sinkhorn") as report:
+            state, stages, notes = self._prepare(problem, init)
+            history: list[tuple[int, float, float]] = []
+            reason = "max_iter"
+            for k, (eps, tolerance) in enumerate(stages):
+                last = k == len(stages) - 1
+                watch = _Watch(eps, tolerance, last, history, report)
+                self._stage(state, eps, last, watch)
+                reason = watch.reason
+            state.centre()
+            phi, psi = _potentials(problem, state)
+        eps, tolerance = stages[-1]
+        error = history[-1][2]
+        outcome = Report(
+            solver=repr(self),
+            converged=error <= tolerance,
+            reason="tolerance" if error <= tolerance else reason,
+            iterations=state.iterations,
+            error=error,
+            tolerance=tolerance,
+            history=tuple(history),
+            seconds=time.perf_counter() - start,
+            notes=notes,
+        )
+        if not outcome.converged:
+            warnings.warn(
+                f"Sinkhorn stopped ({reason}) after {outcome.iterations} iterations at marginal error {error:.1e}, above the "
+                f"tolerance {tolerance:.1e}; raise max_iter or eps, loosen tol, use float64, or continue with init=bridge",
+                NotConverged,
+                stacklevel=3,
+            )
+        return PotentialBridge(problem, phi, psi, outcome)
+
+    # ---- the parts -------------------------------------------------------------------------------------------------
+
+    def _prepare(
+        self, problem: Problem, init: Bridge | None
+    ) -> tuple[State, list[tuple[float, float]], tuple[str, ...]]:
+        mu, nu, eps = problem.mu, problem.nu, problem.eps
+        assert isinstance(mu, Discrete) and isinstance(nu, Discrete)
+        kernel = make_kernel(problem.cost, *problem.sites, memory=self.memory)
+        mean, largest = (float(part.max()) for part in kernel.scale())
+        if not math.isfinite(largest):
+            raise NumericalError("the cost overflows this dtype; rescale the points (and eps) or use float64")
+        tolerance, notes = self._tolerance(problem, largest)
+        g = torch.zeros_like(nu.weights)
+        if init is not None:
+            g = _warm(problem, init)
+            mean = min(mean, init.problem.eps)
+        stages = [(eps, tolerance)]
+        if self.anneal is not None:
+            stages = list(self.anneal.stages(mean, eps, tolerance))
+        storage = "stored" if isinstance(kernel, DenseKernel) else "streamed"
+        notes = (*problem.notes, *notes, f"cost {storage}, {len(stages)} values of eps")
+        a, b = mu.weights.detach(), nu.weights.detach()
+        fits = isinstance(kernel, DenseKernel) and kernel.matrix.numel() * kernel.dtype.itemsize <= self.memory
+        absorbed = torch.empty_like(kernel.matrix) if isinstance(kernel, DenseKernel) and fits else None
+        return State(kernel, a, b, problem.relax, torch.zeros_like(a), g, absorbed), stages, notes
+
+    def _tolerance(self, problem: Problem, largest: float) -> tuple[float, tuple[str, ...]]:
+        machine = torch.finfo(problem.dtype).eps
+        wanted = math.sqrt(machine) if self.tol is None else float(self.tol)
+        floor = 4 * machine * largest / problem.eps
+        # a floor this high says that the dtype cannot resolve eps at all: aim at 1 % and report honestly
+        tolerance = max(wanted, min(floor, 1e-2))
+        if floor > 1e-2:
+            text = (
+                f"{str(problem.dtype).removeprefix('torch.')} resolves marginals to about {floor:.1e} at "
+                f"eps / max|C| = {problem.eps / largest:.1e}"
+            )
+            return tolerance, (f"{text}: use float64 or a larger eps",)
+        if tolerance == wanted:
+            return tolerance, ()
+        text = f"tolerance raised from {wanted:.1e} to {tolerance:.1e}, what {problem.dtype} can reach at this eps"
+        if self.tol is not None:
+            warnings.warn(f"{text}; use float64, a larger eps or tol=None", PrecisionWarning, stacklevel=5)
+        return tolerance, (text,)
+
+    def _stage(self, state: State, eps: float, last: bool, watch: _Watch) -> None:
+        """One eps: from safe log-domain half-steps to products where the kernel is stored."""
+        limit = self.max_iter if last else min(self.max_iter, state.iterations + STAGE_LIMIT)
+        state.eps = eps
+        state.f_step()
+        if state.absorbed is not None:
+            log_iterations(state, min(limit, state.iterations + 1), 1, watch)
+            before = state.f, state.g
+            if not watch.stopped and state.iterations < limit:
+                if scaled_iterations(state, limit, 5, watch):
+                    if not last:
+                        return
+                    state.f_step()
+                else:
+                    state.f, state.g = before
+        # the last word, and the error that is reported, are the log domain's
+        log_iterations(state, state.iterations if watch.stalled else max(limit, state.iterations), 1, watch)
+
+
+def _warm(problem: Problem, init: Bridge) -> Tensor:
+    """The potential g of another bridge at the atoms of nu."""
+    if not isinstance(init, Bridge):
+        raise InvalidProblem(f"init is {type(init).__name__}; give a bridge from an earlier solve")
+    g = init.potentials().g
+    points = problem.sites[1]
+    theirs = init.problem.nu
+    if isinstance(theirs, Discrete) and theirs.n == points.shape[-2 if points.ndim > 1 else 0]:
+        same = isinstance(problem.cost, MatrixCost) or (
+            theirs.points is not None and torch.equal(theirs.points.to(points), points)
+        )
+        if same and theirs.batch_shape == problem.batch_shape:
+            return g.values.to(dtype=problem.dtype, device=problem.device)
+    if isinstance(problem.cost, MatrixCost):
+        raise InvalidProblem("init has other atoms, where a matrix cost says nothing; give a bridge of the same size")
+    return g(points.to(dtype=init.problem.dtype, device=init.problem.device)).to(points)
+
+
+def _potentials(problem: Problem, state: State) -> tuple[Atoms, Atoms]:
+    eps, (x, y), (at_x, at_y) = problem.eps, problem.sites, problem.values
+    numbered = isinstance(problem.cost, MatrixCost)
+    log_phi = torch.where(state.a > 0, state.log_a + state.f / eps, -torch.inf)
+    log_psi = torch.where(state.b > 0, state.log_b + state.g / eps, -torch.inf) + problem.log_normaliser()
+    return (
+        Atoms(x.detach(), log_phi, at_x.detach() if numbered and at_x is not None else None),
+        Atoms(y.detach(), log_psi, at_y.detach() if numbered and at_y is not None else None),
+    )
+
+
+class _Watch:
+    """Decides at each check whether a stage is over, and keeps the history."""
+
+    def __init__(
+        self,
+        eps: float,
+        tolerance: float,
+        last: bool,
+        history: list[tuple[int, float, float]],
+        report: Callable[[Progress], None],
+    ) -> None:
+        self.eps, self.tolerance, self.last, self.history, self.report = eps, tolerance, last, history, report
+        self.best, self.waited, self.stopped, self.stalled = math.inf, 0, False, False
+
+    def __call__(self, iteration: int, error: float) -> bool:
+        if not math.isfinite(error):
+            raise NumericalError(
+                f"the marginal error is {error} at iteration {iteration}; rescale the cost, raise eps or use float64"
+            )
+        self.history.append((iteration, self.eps, error))
+        self.report(Progress(iteration, self.eps, error, self.tolerance))
+        self.waited = 0 if error < 0.999 * self.best else self.waited + 1
+        self.best = min(self.best, error)
+        self.stalled = self.last and self.waited >= PATIENCE
+        self.stopped = error <= self.tolerance or self.stalled
+        return self.stopped
+
+    @property
+    def reason(self) -> str:
+        return "stalled" if self.stalled else "max_iter"
