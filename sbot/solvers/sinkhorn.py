@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 import torch
@@ -29,6 +29,10 @@ from .schedule import Schedule
 STAGE_LIMIT = 100
 #: Checks without a new best error (by a thousandth) after which the last stage counts as stalled.
 PATIENCE = 50
+#: Marginal error that rounding leaves, in units of ``machine epsilon * max|C| / eps``; measured, see docs/conventions.md.
+REACH = 0.125
+#: Above this a marginal error means nothing.
+HOPELESS = 0.1
 
 
 @final
@@ -90,12 +94,12 @@ class Sinkhorn(Solver):
             raise InvalidProblem(f"Sinkhorn: {refusal}")
         start = time.perf_counter()
         with torch.no_grad(), reporting(progress, "Sinkhorn") as report:
-            state, stages, notes = self._prepare(problem, init)
+            state, stages, goal = self._prepare(problem, init)
             history: list[tuple[int, float, float]] = []
             reason = "max_iter"
             for k, (eps, tolerance) in enumerate(stages):
                 last = k == len(stages) - 1
-                watch = _Watch(eps, tolerance, last, history, report)
+                watch = _Watch(eps, tolerance, last, goal.reach, history, report)
                 self._stage(state, eps, last, watch)
                 reason = watch.reason
             state.centre()
@@ -111,7 +115,7 @@ class Sinkhorn(Solver):
             tolerance=tolerance,
             history=tuple(history),
             seconds=time.perf_counter() - start,
-            notes=notes,
+            notes=goal.notes,
         )
         if not outcome.converged:
             warnings.warn(
@@ -124,48 +128,44 @@ class Sinkhorn(Solver):
 
     # ---- the parts -------------------------------------------------------------------------------------------------
 
-    def _prepare(
-        self, problem: Problem, init: Bridge | None
-    ) -> tuple[State, list[tuple[float, float]], tuple[str, ...]]:
+    def _prepare(self, problem: Problem, init: Bridge | None) -> tuple[State, list[tuple[float, float]], _Goal]:
         mu, nu, eps = problem.mu, problem.nu, problem.eps
         assert isinstance(mu, Discrete) and isinstance(nu, Discrete)
         kernel = make_kernel(problem.cost, *problem.sites, memory=self.memory)
         mean, largest = (float(part.max()) for part in kernel.scale())
         if not math.isfinite(largest):
             raise NumericalError("the cost overflows this dtype; rescale the points (and eps) or use float64")
-        tolerance, notes = self._tolerance(problem, largest)
+        goal = self._goal(problem, largest)
         g = torch.zeros_like(nu.weights)
         if init is not None:
             g = _warm(problem, init)
             mean = min(mean, init.problem.eps)
-        stages = [(eps, tolerance)]
+        stages = [(eps, goal.tolerance)]
         if self.anneal is not None:
-            stages = list(self.anneal.stages(mean, eps, tolerance))
+            stages = list(self.anneal.stages(mean, eps, goal.tolerance))
         storage = "stored" if isinstance(kernel, DenseKernel) else "streamed"
-        notes = (*problem.notes, *notes, f"cost {storage}, {len(stages)} values of eps")
+        goal = replace(goal, notes=(*problem.notes, *goal.notes, f"cost {storage}, {len(stages)} values of eps"))
         a, b = mu.weights.detach(), nu.weights.detach()
         fits = isinstance(kernel, DenseKernel) and kernel.matrix.numel() * kernel.dtype.itemsize <= self.memory
         absorbed = torch.empty_like(kernel.matrix) if isinstance(kernel, DenseKernel) and fits else None
-        return State(kernel, a, b, problem.relax, torch.zeros_like(a), g, absorbed), stages, notes
+        state = State(kernel, a, b, problem.relax, torch.zeros_like(a), g, absorbed)
+        return state, stages, goal
 
-    def _tolerance(self, problem: Problem, largest: float) -> tuple[float, tuple[str, ...]]:
+    def _goal(self, problem: Problem, largest: float) -> _Goal:
         machine = torch.finfo(problem.dtype).eps
         wanted = math.sqrt(machine) if self.tol is None else float(self.tol)
-        floor = 4 * machine * largest / problem.eps
-        # a floor this high says that the dtype cannot resolve eps at all: aim at 1 % and report honestly
-        tolerance = max(wanted, min(floor, 1e-2))
-        if floor > 1e-2:
-            text = (
-                f"{str(problem.dtype).removeprefix('torch.')} resolves marginals to about {floor:.1e} at "
-                f"eps / max|C| = {problem.eps / largest:.1e}"
-            )
-            return tolerance, (f"{text}: use float64 or a larger eps",)
-        if tolerance == wanted:
-            return tolerance, ()
-        text = f"tolerance raised from {wanted:.1e} to {tolerance:.1e}, what {problem.dtype} can reach at this eps"
+        reach = REACH * machine * largest / problem.eps
+        if reach <= wanted:
+            return _Goal(wanted, reach)
+        name = str(problem.dtype).removeprefix("torch.")
+        if reach > HOPELESS:
+            # aim at what still means something, and report honestly what came of it
+            note = f"{name} cannot resolve eps / max|C| = {problem.eps / largest:.0e}; use float64 or a larger eps"
+            return _Goal(max(wanted, HOPELESS), reach, (note,))
+        note = f"tolerance raised from {wanted:.1e} to {reach:.1e}, about what {name} can reach at this eps"
         if self.tol is not None:
-            warnings.warn(f"{text}; use float64, a larger eps or tol=None", PrecisionWarning, stacklevel=5)
-        return tolerance, (text,)
+            warnings.warn(f"{note}; use float64, a larger eps or tol=None", PrecisionWarning, stacklevel=5)
+        return _Goal(reach, reach, (note,))
 
     def _stage(self, state: State, eps: float, last: bool, watch: _Watch) -> None:
         """One eps: from safe log-domain half-steps to products where the kernel is stored."""
@@ -215,6 +215,15 @@ def _potentials(problem: Problem, state: State) -> tuple[Atoms, Atoms]:
     )
 
 
+@dataclass(frozen=True)
+class _Goal:
+    """The tolerance to stop at, what rounding leaves at least, and what to say about it."""
+
+    tolerance: float
+    reach: float
+    notes: tuple[str, ...] = ()
+
+
 class _Watch:
     """Decides at each check whether a stage is over, and keeps the history."""
 
@@ -223,10 +232,12 @@ class _Watch:
         eps: float,
         tolerance: float,
         last: bool,
+        reach: float,
         history: list[tuple[int, float, float]],
         report: Callable[[Progress], None],
     ) -> None:
-        self.eps, self.tolerance, self.last, self.history, self.report = eps, tolerance, last, history, report
+        self.eps, self.tolerance, self.last, self.reach = eps, tolerance, last, reach
+        self.history, self.report = history, report
         self.best, self.waited, self.stopped, self.stalled = math.inf, 0, False, False
 
     def __call__(self, iteration: int, error: float) -> bool:
@@ -238,7 +249,7 @@ class _Watch:
         self.report(Progress(iteration, self.eps, error, self.tolerance))
         self.waited = 0 if error < 0.999 * self.best else self.waited + 1
         self.best = min(self.best, error)
-        self.stalled = self.last and self.waited >= PATIENCE
+        self.stalled = self.last and self.waited >= PATIENCE and self.best <= 32 * self.reach
         self.stopped = error <= self.tolerance or self.stalled
         return self.stopped
 
