@@ -24,18 +24,10 @@ def as_tensor(obj: Any, name: str, *, like: Tensor | None = None) -> Tensor:
     weak = like.dtype if like is not None else torch.get_default_dtype()
     if isinstance(obj, Tensor):
         return _from_tensor(obj, name, weak)
-    kind = type(obj).__name__
-    if isinstance(obj, np.ma.MaskedArray):
-        raise InvalidProblem(f"{name} is a masked array; fill or drop the masked entries first")
-    if isinstance(obj, (str, bytes, dict, set)) or obj is None or callable(obj):
-        raise InvalidProblem(f"{name} must be an array of real numbers, not {kind}; pass a tensor or a NumPy array")
-    if hasattr(obj, "tocoo") or hasattr(obj, "todense"):
-        raise InvalidProblem(f"{name} is a sparse {kind}; pass {name}.toarray()")
+    _refuse(obj, name)
     if hasattr(obj, "to_numpy"):  # pandas, polars: by position, never by index
         obj = obj.to_numpy()
     listed = isinstance(obj, (list, tuple, numbers.Real)) and not isinstance(obj, np.generic)
-    if listed and isinstance(obj, (list, tuple)) and obj and all(isinstance(item, Tensor) for item in obj):
-        raise InvalidProblem(f"{name} is a {kind} of tensors; pass torch.stack({name})")
     try:
         array = np.asarray(obj)
     except (ValueError, TypeError) as problem:
@@ -44,16 +36,26 @@ def as_tensor(obj: Any, name: str, *, like: Tensor | None = None) -> Tensor:
         raise InvalidProblem(
             f"{name} has dtype {array.dtype}, which is not real numbers; pass {name}.astype(float) if it holds numbers"
         )
-    if array.dtype.kind == "f" and array.dtype.itemsize > 8:
-        array = array.astype(np.float64)
-    array = np.array(array, dtype=array.dtype.newbyteorder("="), order="C", copy=True)
-    if array.dtype.kind == "u" and array.dtype.itemsize > 1:
-        array = array.astype(np.float64)
-        listed = True
-    tensor = torch.from_numpy(array)
-    if listed or not tensor.dtype.is_floating_point:
+    weak_dtype = listed or array.dtype.kind != "f"
+    if array.dtype != np.float16:  # torch has no wide integers without a sign and no long double
+        array = array.astype(np.float32 if array.dtype.itemsize == 4 and array.dtype.kind == "f" else np.float64)
+    tensor = torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C", copy=True))
+    if weak_dtype:
         tensor = tensor.to(weak)
     return tensor if like is None else tensor.to(like.device)
+
+
+def _refuse(obj: Any, name: str) -> None:
+    """What looks like an array and is none, by name."""
+    kind = type(obj).__name__
+    if isinstance(obj, np.ma.MaskedArray):
+        raise InvalidProblem(f"{name} is a masked array; fill or drop the masked entries first")
+    if isinstance(obj, (str, bytes, dict, set)) or obj is None or callable(obj):
+        raise InvalidProblem(f"{name} must be an array of real numbers, not {kind}; pass a tensor or a NumPy array")
+    if hasattr(obj, "tocoo") or hasattr(obj, "todense"):
+        raise InvalidProblem(f"{name} is a sparse {kind}; pass {name}.toarray()")
+    if isinstance(obj, (list, tuple)) and obj and all(isinstance(item, Tensor) for item in obj):
+        raise InvalidProblem(f"{name} is a {kind} of tensors; pass torch.stack({name})")
 
 
 def _from_tensor(tensor: Tensor, name: str, weak: torch.dtype) -> Tensor:

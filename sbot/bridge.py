@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -103,12 +104,12 @@ def in_result_dtype(
         out: Any = method(self, *args, **kwargs)
         dtype = self.problem.result_dtype
         if dtype not in HALF:
-            return out  # type: ignore[no-any-return]
+            return out
         if isinstance(out, tuple):
             return tuple(part.to(dtype) for part in out)  # type: ignore[return-value]
         return out.to(dtype) if isinstance(out, Tensor) else out  # type: ignore[return-value]
 
-    return cast
+    return cast  # type: ignore[return-value]
 
 
 class Bridge(ABC):
@@ -223,7 +224,7 @@ class Bridge(ABC):
     def _times(self, times: Any) -> list[float]:
         listed = as_tensor(times, "times", like=torch.zeros((), dtype=torch.float64)).flatten().tolist()
         checked = [self._time(t, "times") for t in listed]
-        if not checked or any(b < a for a, b in zip(checked, checked[1:], strict=False)):
+        if not checked or any(b < a for a, b in itertools.pairwise(checked)):
             raise InvalidProblem(f"times are {checked}; give at least one, in increasing order")
         return checked
 

@@ -180,13 +180,16 @@ class MatrixCost(Cost):
 
     def matrix(self, x: Tensor, y: Tensor) -> Tensor:
         n, m = self.values.shape[-2:]
-        if len(x) == n and len(y) == m and bool((x == torch.arange(n, device=x.device)).all()):
-            if bool((y == torch.arange(m, device=y.device)).all()):
-                return self.values  # all atoms in order: no copy
+        if _in_order(x, n) and _in_order(y, m):
+            return self.values  # no copy
         return self.values[..., x, :][..., y]
 
     def __repr__(self) -> str:
         return f"MatrixCost{tuple(self.values.shape)}"
+
+
+def _in_order(index: Tensor, n: int) -> bool:
+    return len(index) == n and torch.equal(index, torch.arange(n, device=index.device))
 
 
 @final

@@ -53,7 +53,7 @@ class _SqrtPSD(torch.autograd.Function):
 
 def sqrtm(matrix: Tensor) -> Tensor:
     """Symmetric square root of a positive semi-definite matrix ``(..., d, d)``; singular is legal, differentiable."""
-    return _SqrtPSD.apply(symmetrise(matrix))  # type: ignore[no-any-return,no-untyped-call]
+    return _SqrtPSD.apply(symmetrise(matrix))  # type: ignore[no-untyped-call]
 
 
 def symmetrise(matrix: Tensor) -> Tensor:

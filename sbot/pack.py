@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -150,29 +151,35 @@ def _pack_cost(cost: Cost, put: Any) -> Header:
 
 def _unpack_reference(said: Header, tensors: Tensors, given: Reference | None) -> Reference:
     kind = said["kind"]
+    if given is not None and kind != "custom":
+        raise InvalidProblem(f"the file holds its own reference ({kind}); load it without reference= or cost=")
     if given is not None:
-        if kind != "custom":
-            raise InvalidProblem(f"the file holds its own reference ({kind}); load it without reference= or cost=")
         return given
     if kind == "custom":
         raise InvalidProblem(
             f"the file was solved with a reference or cost of your own, {said['name']}, which a file cannot hold; "
             "give it again: sbot.load(path, reference=...) or sbot.load(path, cost=...)"
         )
-    if kind == "Brownian":
-        return Brownian()
-    if kind == "OrnsteinUhlenbeck":
-        return OrnsteinUhlenbeck(said["rate"], tensors["reference.mean"])
-    if kind == "LinearSDE" and "recipe" in said:
-        recipes = {"vp": LinearSDE.vp, "ve": LinearSDE.ve}
-        return recipes[said["recipe"]](*said["arguments"])
-    if kind == "LinearSDE":
-        return LinearSDE(*(tensors[f"reference.{name}"] for name in ("drift", "shift", "diffusion")))
-    if kind == "Static":
-        costs = {"Quadratic": Quadratic, "Cosine": Cosine}
-        if said["cost"] in costs:
-            return Static(costs[said["cost"]]())
-        if said["cost"] == "Lp":
-            return Static(Lp(float(said["p"]), said["power"]))
-        return Static(MatrixCost(tensors["cost.values"]))
-    raise InvalidFile(f"the file holds an unknown reference {kind!r}; upgrade sbot")
+    makers: dict[str, Callable[[], Reference]] = {
+        "Brownian": Brownian,
+        "OrnsteinUhlenbeck": lambda: OrnsteinUhlenbeck(said["rate"], tensors["reference.mean"]),
+        "LinearSDE": lambda: _unpack_sde(said, tensors),
+        "Static": lambda: Static(_unpack_cost(said, tensors)),
+    }
+    if kind not in makers:
+        raise InvalidFile(f"the file holds an unknown reference {kind!r}; upgrade sbot")
+    return makers[kind]()
+
+
+def _unpack_sde(said: Header, tensors: Tensors) -> Reference:
+    if "recipe" in said:
+        return {"vp": LinearSDE.vp, "ve": LinearSDE.ve}[said["recipe"]](*said["arguments"])
+    return LinearSDE(*(tensors[f"reference.{name}"] for name in ("drift", "shift", "diffusion")))
+
+
+def _unpack_cost(said: Header, tensors: Tensors) -> Cost:
+    if said["cost"] == "Lp":
+        return Lp(float(said["p"]), said["power"])
+    if said["cost"] == "MatrixCost":
+        return MatrixCost(tensors["cost.values"])
+    return {"Quadratic": Quadratic, "Cosine": Cosine}[said["cost"]]()

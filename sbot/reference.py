@@ -301,8 +301,9 @@ class LinearSDE(LinearReference):
     shift : ``b``, a number, ``(d,)``, or such a function.
     diffusion : ``B``, a number, ``(d, d)``, or such a function.
 
-    The transition is ``exp(Omega)`` of the Van Loan block matrix, by the sixth-order Magnus expansion (Blanes, Casas,
-    Oteo and Ros, "The Magnus expansion and some of its applications", 2009, section 5.4) on ever finer steps until it is stationary; constant coefficients take one step.
+    The transition is ``exp(Omega)`` of the Van Loan block matrix, by the sixth-order Magnus expansion (Blanes, Casas, Oteo
+    and Ros, "The Magnus expansion and some of its applications", 2009, section 5.4) on ever finer steps until it is
+    stationary; constant coefficients take one step.
 
     Raises
     ------
@@ -446,7 +447,7 @@ def _positive(value: float, name: str) -> float:
 
 def _coefficient(value: Coefficient, name: str, ndim: int) -> Tensor | Callable[[float], Any]:
     if callable(value):
-        return value  # type: ignore[no-any-return]
+        return value
     tensor = require_finite(as_tensor(value, name, like=_scalar(0.0)).detach().double().cpu(), name)
     if tensor.ndim not in (0, ndim) or (ndim == 2 and tensor.ndim == 2 and tensor.shape[0] != tensor.shape[1]):
         want = "(d, d)" if ndim == 2 else "(d,)"

@@ -7,7 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from .base import LogKernel
+from .base import LN2, LogKernel
 
 
 @final
@@ -39,8 +39,9 @@ class DenseKernel(LogKernel):
 
     def absorb(self, f: Tensor, g: Tensor, eps: float, out: Tensor) -> Tensor:
         """``exp((f_i + g_j - C_ij) / eps)`` into ``out`` ``(*b, n, m)``; ``-inf`` in a potential drops its atom."""
-        left, right = f[..., None] / eps, g[..., None, :] / eps
+        unit = eps * LN2  # base 2, as in `reduce`
+        left, right = f[..., None] / unit, g[..., None, :] / unit
         for rows in self.tiles():
-            tile = torch.add(right, self.entries(rows), alpha=-1 / eps, out=out[..., rows, :])
-            tile.add_(left[..., rows, :]).exp_()
+            tile = torch.add(right, self.entries(rows), alpha=-1 / unit, out=out[..., rows, :])
+            tile.add_(left[..., rows, :]).exp2_()
         return out

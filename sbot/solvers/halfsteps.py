@@ -95,9 +95,9 @@ def log_iterations(state: State, limit: int, every: int, check: Check) -> None:
         # the sums of the g half-step are the column sums of the plan before it: the error costs nothing
         lse = state.column_lse()
         last = state.iterations >= limit
-        if state.iterations % every == 0 or last:
-            if check(state.iterations, state.error_of(state.g / eps + lse)) or last:
-                return
+        due = state.iterations % every == 0 or last
+        if due and (check(state.iterations, state.error_of(state.g / eps + lse)) or last):
+            return
         state.g = -lam * eps * lse
         state.translate()
         state.f_step()
