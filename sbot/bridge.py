@@ -147,7 +147,10 @@ class Bridge(ABC):
 
     @abstractmethod
     def plan(self, rows: Any = None) -> Any:
-        """The plan: ``(*b, n, m)`` for atoms (``rows`` picks some), a `Gaussian` on ``R^{2d}`` for Gaussians."""
+        """The plan: ``(*b, n, m)`` for atoms (``rows`` picks some), a `Gaussian` on ``R^{2d}`` for Gaussians.
+
+        The dense plan carries no gradient; `cost` does.
+        """
 
     @abstractmethod
     def potentials(self) -> Potentials:

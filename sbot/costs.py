@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, final
 
 import torch
@@ -66,8 +67,12 @@ class TransitionCost(Cost):
     """
 
     def __init__(self, phi: Tensor, shift: Tensor, cov: Tensor) -> None:
-        self.phi, self.shift = phi, shift
-        self.whiten = linalg.inverse(linalg.root(cov))
+        self.phi, self.shift, self.cov = phi, shift, cov
+
+    @cached_property
+    def whiten(self) -> Tensor:
+        """``Q^-1/2``."""
+        return linalg.inverse(linalg.root(self.cov))
 
     def matrix(self, x: Tensor, y: Tensor) -> Tensor:
         return _square_distances(*self.embed(x, y)).to(x.dtype)

@@ -82,6 +82,7 @@ class DiscreteCoupling(Coupling):
             out.append(f)
         return out[0], out[1]
 
+    @torch.no_grad()
     def plan(self, rows: Any = None) -> Tensor:
         x, y = (site.detach() for site in self.problem.sites)
         left, right = self._logs
@@ -150,14 +151,16 @@ class DiscreteCoupling(Coupling):
             c = kernel.entries(rows).double()
             yield rows, left[..., rows, None].double() + right[..., None, :].double() - c / self.eps, c
 
+    @torch.no_grad()
     def linear_cost(self) -> Tensor:
         total = torch.zeros(self.problem.batch_shape, dtype=torch.float64, device=self.problem.device)
         for _, log_p, c in self._tiles(*self._logs):
             total += torch.where(torch.isfinite(c), log_p.exp() * c, 0.0).sum((-2, -1))
         return total.to(self.problem.dtype)
 
+    @torch.no_grad()
     def gap(self) -> Tensor:
-        """``eps KL(P' | P)`` with P' feasible, plus ``rho KL(P 1 | a e^{-f / rho})`` where a marginal is relaxed.
+        """``eps KL(P' | P)`` with P' feasible, plus ``rho KL(P' 1 | a e^{-f / rho})`` where a marginal is relaxed.
 
         This is the objective of P' minus the dual, term by term non-negative.  P' is the rounding of Altschuler, Weed and
         Rigollet (2017): rows and columns scaled down to their marginals, then a rank-one correction.
@@ -174,16 +177,16 @@ class DiscreteCoupling(Coupling):
             lse = (kernel if side == 0 else kernel.T).reduce(there.to(kernel.dtype), eps)[0].double()
             return torch.exp(here + lse)
 
-        if not hard_a:
-            excess += rho_a * divergence(sums(0, left, right), a)
-        if not hard_b:
-            excess += rho_b * divergence(sums(1, right, left), b)
         if hard_a:
             ratio = a / sums(0, left, right)
             scale_l = left + torch.where(a > 0, ratio.clamp(max=1.0) if hard_b else ratio, 1.0).log()
         if hard_b:
             ratio = b / sums(1, right, scale_l)
             scale_r = right + torch.where(b > 0, ratio.clamp(max=1.0) if hard_a else ratio, 1.0).log()
+        if not hard_a:
+            excess += rho_a * divergence(sums(0, scale_l, scale_r), a)
+        if not hard_b:
+            excess += rho_b * divergence(sums(1, scale_r, scale_l), b)
         rest_a, rest_b = torch.zeros_like(a), torch.zeros_like(b)
         if hard_a and hard_b:
             rest_a = (a - sums(0, scale_l, scale_r)).clamp(min=0)

@@ -61,6 +61,15 @@ def symmetrise(matrix: Tensor) -> Tensor:
     return (matrix + matrix.mT) / 2
 
 
+def cholesky(cov: Tensor) -> Tensor | None:
+    """Lower Cholesky factor of covariances ``(..., d, d)``, or None where one of them is singular to rounding."""
+    values = torch.linalg.eigvalsh(cov.detach())
+    rounding = 4 * cov.shape[-1] * torch.finfo(cov.dtype).eps
+    if bool((values[..., 0] <= rounding * values[..., -1]).any()):
+        return None
+    return torch.linalg.cholesky(cov)
+
+
 # ---- operators: scalars or matrices --------------------------------------------------------------------------------
 
 

@@ -243,8 +243,8 @@ class Gaussian(Measure):
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log-density at ``x`` ``(*b, n, d)``; raises `Unsupported` where the covariance is singular."""
-        factor, fault = torch.linalg.cholesky_ex(self.cov)
-        if bool((fault != 0).any()):
+        factor = linalg.cholesky(self.cov)
+        if factor is None:
             raise Unsupported("a Gaussian with singular covariance has no density; add a little to its diagonal")
         centred = torch.linalg.solve_triangular(factor, (x - self.mean[..., None, :]).mT, upper=False)
         constant = linalg.log_gaussian_constant(self.cov, self.event_shape[0])

@@ -176,8 +176,8 @@ class Quadratics(Potential):
         return each.logsumexp(-1)
 
     def _component_log_density(self, y: Tensor) -> Tensor:
-        factor, fault = torch.linalg.cholesky_ex(self.covs)
-        if bool((fault != 0).any()):
+        factor = linalg.cholesky(self.covs)
+        if factor is None:
             raise Unsupported("a singular marginal has no density at its own time; ask at 0 < t < 1")
         r = (y[..., None, :, :] - self.means[..., :, None, :]).mT
         white = torch.linalg.solve_triangular(factor, r, upper=False)
@@ -201,34 +201,38 @@ class Quadratics(Potential):
 class TiltedQuadratics(Tilted):
     r"""A Gaussian mixture for each place: one Kalman update per component, without the inverse of a covariance.
 
-    With ``R = K^1/2``, ``E = V^-1 - W``, ``F = I + R E R`` and ``r = obs - m``, component k has mass
-    ``|F|^-1/2 exp(m'Wm/2 - r'V^-1 r/2 + q'F^-1 q/2)`` times the normaliser of ``V``, with ``q = R (V^-1 r + W m)``;
-    its mean is ``m + R F^-1 q``, its covariance ``R F^-1 R``.
+    With ``R = K^1/2``, ``F = I + R (V^-1 - W) R`` and ``r = obs - m``, component k is the Gaussian of covariance
+    ``S = R F^-1 R`` and mean ``m + S (V^-1 r + W m)``.  Its log-mass is quadratic in obs with gradient
+    ``g(r) = (K + V - K W V)^-1 (K W m - (I - K W) r)``, so it is its value at ``r = 0`` plus ``(g(0) + g(r))' r / 2``;
+    in this form nothing cancels as ``V -> 0``.
     """
 
     def __init__(self, psi: Quadratics, obs: Tensor, cov: Tensor) -> None:
-        self._psi, self._cov = psi, cov
         d = obs.shape[-1]
+        covs, growth = psi.covs, psi.growth[..., None, :, :]  # (*b, K, d, d), (*b, 1, d, d)
+        cov = cov[..., None, :, :] if cov.ndim > 2 else cov
+        precision = torch.linalg.inv(cov)
+        r = obs[..., None, :, :] - psi.means[..., :, None, :]  # (*b, K, n, d)
+        pull = psi.means[..., None, :] @ growth  # (*b, K, 1, d): (W m)'
+
+        roots = linalg.sqrtm(covs)
         eye = torch.eye(d, dtype=obs.dtype, device=obs.device)
-        roots = linalg.sqrtm(psi.covs)  # (*b, K, d, d)
-        growth = psi.growth[..., None, :, :]
-        inverse_cov = torch.linalg.inv(cov)[..., None, :, :] if cov.ndim > 2 else torch.linalg.inv(cov)
-        factor = eye + roots @ (inverse_cov - growth) @ roots
-        self._r = obs[..., None, :, :] - psi.means[..., :, None, :]  # (*b, K, n, d)
-        self._pull = psi.means[..., None, :] @ growth  # (*b, K, 1, d): (W m)'
-        whitened = self._r @ inverse_cov
-        q = (whitened + self._pull) @ roots
-        solved = torch.linalg.solve(factor, q.mT).mT
-        grown = (self._pull * psi.means[..., None, :]).sum(-1)
-        each = (
-            psi.logits[..., None]
-            - torch.linalg.slogdet(factor)[1][..., None] / 2
-            + (grown - (whitened * self._r).sum(-1) + (q * solved).sum(-1)) / 2
-            - linalg.log_gaussian_constant(cov, d)[..., None, None]
-        )  # (*b, K, n)
-        self._component_log_mass = each
-        self.component_means = psi.means[..., None, :] + solved @ roots  # (*b, K, n, d)
+        factor = eye + roots @ (precision - growth) @ roots
         self.component_covs = linalg.symmetrise(roots @ torch.linalg.solve(factor, roots))  # (*b, K, d, d)
+        solved = torch.linalg.solve(factor, ((r @ precision + pull) @ roots).mT).mT
+        self.component_means = psi.means[..., None, :] + solved @ roots  # (*b, K, n, d)
+
+        left = covs + cov - covs @ growth @ cov
+        rest = torch.linalg.solve(left, (pull @ covs).mT).mT  # g(0)
+        slope = (r @ growth) @ covs - r
+        self._component_score = rest + torch.linalg.solve(left, slope.mT).mT  # (*b, K, n, d)
+        start = (pull * (psi.means[..., None, :] + pull @ self.component_covs)).sum(-1) / 2
+        self._component_log_mass = (
+            psi.logits[..., None]
+            + start
+            + ((rest + self._component_score) * r).sum(-1) / 2
+            - linalg.log_gaussian_constant(left, d)[..., None]
+        )  # (*b, K, n)
 
     @property
     def log_mass(self) -> Tensor:
@@ -245,14 +249,7 @@ class TiltedQuadratics(Tilted):
 
     @property
     def score(self) -> Tensor:
-        # V^-1 (mean - obs), rearranged so that nothing cancels as V -> 0:
-        # (K + V - K W V)^-1 (K W m - (I - K W) r)
-        covs, growth = self._psi.covs, self._psi.growth[..., None, :, :]
-        cov = self._cov[..., None, :, :] if self._cov.ndim > 2 else self._cov
-        left = covs + cov - covs @ growth @ cov
-        right = self._pull @ covs - self._r + (self._r @ growth) @ covs
-        each = torch.linalg.solve(left, right.mT).mT
-        return (self.component_weights[..., None] * each).sum(-3)
+        return (self.component_weights[..., None] * self._component_score).sum(-3)
 
     def sample(self, *, generator: torch.Generator | None = None) -> Tensor:
         means = self.component_means

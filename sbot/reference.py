@@ -10,16 +10,20 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from . import linalg
+from . import linalg, magnus
 from .arrays import as_number, as_tensor, require_finite
 from .costs import Cost, Quadratic, TransitionCost, as_cost
 from .errors import InvalidProblem, Unsupported
 from .potentials import Atoms, Potential, Tilted
+
+#: Parts of [0, 1] over which time-dependent transitions are kept.
+PANELS = 32
 
 Coefficient = Any  # a number, an array, or a function of t that returns one
 
@@ -301,9 +305,7 @@ class LinearSDE(LinearReference):
     shift : ``b``, a number, ``(d,)``, or such a function.
     diffusion : ``B``, a number, ``(d, d)``, or such a function.
 
-    The transition is ``exp(Omega)`` of the Van Loan block matrix, by the sixth-order Magnus expansion (Blanes, Casas, Oteo
-    and Ros, "The Magnus expansion and some of its applications", 2009, section 5.4) on ever finer steps until it is
-    stationary; constant coefficients take one step.
+    Transitions with time-dependent coefficients are integrated to rounding, see `sbot.magnus`.
 
     Raises
     ------
@@ -367,75 +369,37 @@ class LinearSDE(LinearReference):
         if key not in self._cache:
             if len(self._cache) >= 256:
                 self._cache.pop(next(iter(self._cache)))
-            self._cache[key] = self._integrate(s, t)
+            parts = self._transition(s, t)
+            phi, shift, cov = parts.phi[0], parts.shift[0], parts.cov[0]
+            scalar = all(part.ndim == 0 for part in self.coefficients(t))
+            self._cache[key] = Affine(phi[0, 0], shift[0], cov[0, 0]) if scalar else Affine(phi, shift, cov)
         return self._cache[key]
 
-    def _integrate(self, s: float, t: float) -> Affine:
+    def _transition(self, s: float, t: float) -> magnus.Transitions:
         if self.constants is not None or s == t:
-            return self._magnus(s, t, 1)
-        before = self._magnus(s, t, 4)
-        change = math.inf
-        for doubling in range(3, 12):
-            step = self._magnus(s, t, 2**doubling)
-            change = max(
-                float(((new - old).abs() / new.abs().max().clamp(min=1e-300)).max())
-                for new, old in zip((step.phi, step.cov), (before.phi, before.cov), strict=True)
-            )
-            change = max(change, float((step.shift - before.shift).abs().max()))
-            if change < 1e-12:  # the finer of the two is 64 times better still
-                return step
-            before = step
-        if change > 1e-8:
-            raise InvalidProblem(
-                f"the coefficients of the reference vary too roughly between t = {s:g} and {t:g} "
-                f"(the transition is known to {change:.1g}); give smooth functions of t"
-            )
-        return before
+            return magnus.exact(self._generator(s), t - s)
+        first, last = math.ceil(s * PANELS), math.floor(t * PANELS)
+        if first >= last:
+            return magnus.integrate(self._generator, s, t, 1)
+        parts = [self._panels.part(slice(first, last))]
+        if s * PANELS < first:
+            parts.insert(0, magnus.integrate(self._generator, s, first / PANELS, 1))
+        if last < t * PANELS:
+            parts.append(magnus.integrate(self._generator, last / PANELS, t, 1))
+        return magnus.joined(parts).merged()
 
-    def _magnus(self, s: float, t: float, steps: int) -> Affine:
-        h = (t - s) / steps
-        first, middle, last = (
-            torch.stack([self._generator(s + (k + node) * h) for k in range(steps)])
-            for node in (0.5 - math.sqrt(15) / 10, 0.5, 0.5 + math.sqrt(15) / 10)
-        )
-        a1 = middle * h
-        a2 = (last - first) * (math.sqrt(15) * h / 3)
-        a3 = (last - 2 * middle + first) * (10 * h / 3)
-        c1 = _commutator(a1, a2)
-        c2 = _commutator(a1, 2 * a3 + c1) / -60
-        omega = a1 + a3 / 12 + _commutator(-20 * a1 - a3 + c1, a2 + c2) / 240
-        flow = torch.linalg.matrix_exp(omega)
-        d = (flow.shape[-1] - 1) // 2
-        phi, shift = flow[:, :d, :d], flow[:, :d, 2 * d]
-        parts = Affine(phi, shift, linalg.symmetrise(flow[:, :d, d : 2 * d] @ phi.mT))
-        while len(parts.phi) > 1:  # compose neighbours, half as many each time
-            early, late = (Affine(parts.phi[k::2], parts.shift[k::2], parts.cov[k::2]) for k in (0, 1))
-            parts = early.then(late)
-        phi, shift, cov = parts.phi[0], parts.shift[0], parts.cov[0]
-        return Affine(phi[0, 0], shift[0], cov[0, 0]) if self._is_scalar(t) else Affine(phi, shift, cov)
-
-    def _is_scalar(self, t: float) -> bool:
-        return all(part.ndim == 0 for part in self.coefficients(t))
+    @cached_property
+    def _panels(self) -> magnus.Transitions:
+        """Transitions over equal parts of [0, 1], so that any other is a short step at each end."""
+        return magnus.integrate(self._generator, 0.0, 1.0, PANELS)
 
     def _generator(self, t: float) -> Tensor:
-        """The Van Loan block matrix ``[[A, BB', b], [0, -A', 0], [0, 0, 0]]`` whose flow is the transition."""
-        a, b, noise = self.coefficients(t)
-        d = max(a.shape[-1] if a.ndim else 1, b.shape[-1] if b.ndim else 1, noise.shape[-1] if noise.ndim else 1)
-        block = torch.zeros(2 * d + 1, 2 * d + 1, dtype=torch.float64)
-        block[:d, :d] = linalg.matrix(a, d)
-        block[:d, d : 2 * d] = linalg.matrix(noise, d)
-        block[:d, 2 * d] = b
-        block[d : 2 * d, d : 2 * d] = -block[:d, :d].mT
-        return block
+        return magnus.block(*self.coefficients(t))
 
     def __repr__(self) -> str:
         if self.recipe is not None:
             return f"LinearSDE.{self.recipe[0]}({', '.join(f'{v:g}' for v in self.recipe[1])})"
         return "LinearSDE(constant)" if self.constants is not None else "LinearSDE(functions of t)"
-
-
-def _commutator(a: Tensor, b: Tensor) -> Tensor:
-    return a @ b - b @ a
 
 
 def _positive(value: float, name: str) -> float:

@@ -1,0 +1,149 @@
+"""Every backend of the kernel contract against the definition written out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sbot.costs import Cosine, Cost, Lp, MatrixCost, Quadratic
+from sbot.kernels import DenseKernel, LogKernel, TiledKernel, make_kernel, require_memory, store
+
+from ..conftest import clouds
+
+COSTS = [Quadratic(), Lp(1), Lp(2), Lp(2, power=1.5), Cosine()]
+
+
+def backends(cost: Cost, x, y) -> dict[str, LogKernel]:
+    """Every way to get at the same entries, with tiles small enough that there are several."""
+    tiled = TiledKernel(cost, x, y)
+    dense = store(tiled)
+    strided = DenseKernel(dense.matrix.mT.contiguous().mT)
+    small = TiledKernel(cost, x, y)
+    for kernel in (dense, strided, small):
+        kernel.tile_bytes = 3 * y.shape[-2] * x.element_size()
+    return {"tiled": tiled, "small tiles": small, "dense": dense, "strided": strided, "twice transposed": tiled.T.T}
+
+
+def naive(c, bias, eps, values):
+    z = bias[..., None, :] - c / eps
+    return z.logsumexp(-1), z.softmax(-1) @ values
+
+
+@pytest.mark.parametrize("cost", COSTS, ids=repr)
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3)], ids=str)
+def test_reduce_is_the_definition(cost, batch, dtype, device, generator):
+    x, y = clouds(13, 17, 3, generator, batch)
+    bias = torch.randn(*batch, 17, generator=generator, dtype=torch.float64)
+    values = torch.randn(*batch, 17, 4, generator=generator, dtype=torch.float64)
+    matrix = cost.matrix(x, y)
+    eps = 0.3
+    for name, kernel in backends(cost, x.to(device, dtype), y.to(device, dtype)).items():
+        for k, c, v, b in ((kernel, matrix, values, bias), (kernel.T, matrix.mT, x, bias[..., :13])):
+            lse, avg = k.reduce(b.to(device, dtype), eps, v.to(device, dtype))
+            want_lse, want_avg = naive(c, b, eps, v)
+            tolerance = 1e-12 if dtype == torch.float64 else 2e-4
+            torch.testing.assert_close(lse.double().cpu(), want_lse, rtol=tolerance, atol=tolerance, msg=name)
+            torch.testing.assert_close(avg.double().cpu(), want_avg, rtol=tolerance, atol=tolerance, msg=name)
+
+
+def test_dropped_columns_and_empty_rows(generator):
+    x, y = clouds(5, 4, 2, generator)
+    bias = torch.tensor([0.0, -torch.inf, 0.5, -torch.inf], dtype=torch.float64)
+    c = Quadratic().matrix(x, y)
+    want = (bias[[0, 2]] - c[:, [0, 2]] / 0.5).logsumexp(-1)
+    for name, kernel in backends(Quadratic(), x, y).items():
+        torch.testing.assert_close(kernel.reduce(bias, 0.5)[0], want, msg=name)
+    empty = DenseKernel(torch.tensor([[torch.inf, torch.inf], [0.0, 1.0]]))
+    lse = empty.reduce(torch.zeros(2), 1.0)[0]
+    assert lse[0] == -torch.inf
+    assert torch.isfinite(lse[1])
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e6])
+def test_a_common_offset_costs_no_digits(offset, generator):
+    x, y = clouds(20, 20, 3, generator)
+    bias = torch.zeros(20, dtype=torch.float64)
+    want = TiledKernel(Quadratic(), x, y).reduce(bias, 0.1)[0]
+    got = TiledKernel(Quadratic(), x + offset, y + offset).reduce(bias, 0.1)[0]
+    torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-7)
+
+
+def test_far_underflow_is_exact(generator):
+    """Logits thousands of e-folds apart, in float32."""
+    x = torch.zeros(1, 1)
+    y = torch.tensor([[0.0], [20.0], [100.0]])
+    for name, kernel in backends(Quadratic(), x, y).items():
+        lse, avg = kernel.reduce(torch.zeros(3), 1.0, y)
+        assert abs(float(lse)) < 1e-3, name
+        assert float(avg) == 0, name
+
+
+@pytest.mark.parametrize("cost", COSTS, ids=repr)
+def test_gradients_are_the_definition_s(cost, generator):
+    x, y = clouds(7, 9, 2, generator)
+    bias = torch.randn(9, generator=generator, dtype=torch.float64)
+    values = torch.randn(9, 3, generator=generator, dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in (x, y, bias, values)]
+    lse, avg = naive(cost.matrix(x, y), bias, 0.4, values)
+    want = torch.autograd.grad(lse.sin().sum() + avg.cos().sum(), leaves)
+    kernel = TiledKernel(cost, x, y)
+    kernel.tile_bytes = 2 * 9 * 8
+    lse, avg = kernel.reduce(bias, 0.4, values)
+    got = torch.autograd.grad(lse.sin().sum() + avg.cos().sum(), leaves)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("cost", COSTS, ids=repr)
+def test_scale_and_absorb(cost, generator):
+    x, y = clouds(11, 12, 3, generator)
+    c = cost.matrix(x, y)
+    f, g = (
+        torch.randn(11, generator=generator, dtype=torch.float64),
+        torch.randn(12, generator=generator, dtype=torch.float64),
+    )
+    for name, kernel in backends(cost, x, y).items():
+        mean, top = kernel.scale()
+        torch.testing.assert_close(mean, c.abs().mean(), msg=name)
+        assert top >= c.abs().max() * (1 - 1e-12), name
+        if isinstance(kernel, DenseKernel):
+            out = torch.empty_like(c)
+            torch.testing.assert_close(kernel.absorb(f, g, 0.5, out), ((f[:, None] + g - c) / 0.5).exp(), msg=name)
+
+
+def test_scale_leaves_forbidden_pairs_out():
+    mean, top = DenseKernel(torch.tensor([[1.0, torch.inf], [3.0, 2.0]])).scale()
+    assert float(mean) == 2.0
+    assert float(top) == 3.0
+
+
+def test_the_budget_decides(generator):
+    x, y = clouds(10, 10, 2, generator)
+    assert isinstance(make_kernel(Quadratic(), x, y, memory=2 * 100 * 8), DenseKernel)
+    assert isinstance(make_kernel(Quadratic(), x, y, memory=2 * 100 * 8 - 1), TiledKernel)
+    matrix = MatrixCost(torch.zeros(3, 4))
+    kernel = make_kernel(matrix, torch.arange(3), torch.arange(4))
+    assert isinstance(kernel, DenseKernel)
+    assert kernel.matrix is matrix.values  # no copy
+
+
+def test_memory_is_refused_before_it_is_taken():
+    with pytest.raises(MemoryError, match=r"a plan needs .* GiB .* are free; ask for less"):
+        require_memory(2**60, torch.device("cpu"), "a plan", "ask for less")
+    require_memory(8, torch.device("cpu"), "a plan", "ask for less")
+
+
+def test_reduced_precision_products_are_not_used(generator):
+    """A caller's wish for bfloat16 products must not reach the kernel, and must survive it."""
+    x, y = (t.float() for t in clouds(64, 64, 32, generator))
+    bias = torch.zeros(64)
+    want = TiledKernel(Quadratic(), x, y).reduce(bias, 0.5, y)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        got = TiledKernel(Quadratic(), x, y).reduce(bias, 0.5, y)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
