@@ -27,7 +27,18 @@ class Cost(ABC):
         return None
 
     def check(self, x: Tensor, y: Tensor) -> None:
-        """Raise `InvalidProblem` where the cost is not defined on these points."""
+        """Raise `InvalidProblem` where the cost is not defined on these points, or leaves the dtype's range."""
+        pair = self.embed(x, y)
+        if pair is not None:
+            spread = torch.cat(pair, -2).detach()
+            spread = (spread.amax(-2) - spread.amin(-2)).norm(dim=-1).amax()
+            _check_range(spread.square(), x.dtype)
+
+
+def _check_range(bound: Tensor, dtype: torch.dtype) -> None:
+    """An infinite cost would read as a forbidden pair."""
+    if not float(bound) < torch.finfo(dtype).max:
+        raise InvalidProblem(f"the cost overflows {dtype}; rescale the points (and eps with them) or use float64")
 
 
 def _square_distances(u: Tensor, v: Tensor) -> Tensor:
@@ -111,6 +122,11 @@ class Lp(Cost):
         # the product form of cdist loses half the digits of small distances
         distance = torch.cdist(x, y, p=self.p, compute_mode="donot_use_mm_for_euclid_dist")
         return distance if self.power == 1 else distance.pow(self.power)
+
+    def check(self, x: Tensor, y: Tensor) -> None:
+        spread = torch.cat([x, y], -2).detach()
+        spread = (spread.amax(-2) - spread.amin(-2)).norm(p=self.p, dim=-1)
+        _check_range(spread.amax() ** self.power, x.dtype)
 
     def __repr__(self) -> str:
         return f"Lp(p={self.p:g}, power={self.power:g})"

@@ -64,7 +64,8 @@ class Problem:
             ref = Static(MatrixCost(charge.values.to(dtype)))
         problem = cls(a, b, epsilon, ref, rho, result, tuple(notes))
         problem._check_shapes()
-        return problem._balance() if rho == (INF, INF) else problem
+        coarsest = max(torch.finfo(source).eps for source in sources)
+        return problem._balance(coarsest) if rho == (INF, INF) else problem
 
     # ---- what solvers and bridges read -----------------------------------------------------------------------------
 
@@ -168,12 +169,13 @@ class Problem:
                     "allow a pair or drop the atom"
                 )
 
-    def _balance(self) -> Problem:
+    def _balance(self, rounding: float) -> Problem:
+        """Equal masses up to what the input's ``rounding`` explains are made equal; others are refused."""
         if not isinstance(self.mu, Discrete) or not isinstance(self.nu, Discrete):
             return self
         a, b = self.mu.weights.detach().double().sum(-1), self.nu.weights.detach().double().sum(-1)
         worst = float(((a - b).abs() / torch.maximum(a, b)).max())
-        if worst > (1e-8 if self.dtype == torch.float64 else 1e-5):
+        if worst > (1e-8 if rounding < 1e-8 else 1e-5 if rounding < 1e-5 else 1e-2):
             raise InvalidProblem(
                 f"sum(mu) = {float(a.flatten()[0]):.9g} and sum(nu) = {float(b.flatten()[0]):.9g}: a balanced problem needs "
                 "equal masses; normalise the weights, or relax the marginals: relax=(rho_mu, rho_nu)"
@@ -182,7 +184,7 @@ class Problem:
             return self
         nu = Discrete(self.nu.points, self.nu.weights * (a / b)[..., None].to(self.dtype))
         note = f"masses differed by {worst:.1e} relative: nu was rescaled to the mass of mu in float64"
-        notes = self.notes if worst < 16 * torch.finfo(self.dtype).eps else (*self.notes, note)
+        notes = self.notes if worst < 16 * rounding else (*self.notes, note)
         return replace(self, nu=nu, notes=notes)
 
 

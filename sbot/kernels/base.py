@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from .. import linalg
 
@@ -44,8 +45,12 @@ class LogKernel(ABC):
 
     @property
     @abstractmethod
-    def requires_grad(self) -> bool:
-        """Whether C depends on something that wants a gradient."""
+    def leaves(self) -> tuple[Tensor, ...]:
+        """The tensors that C is computed from; `reduce` is differentiable in them."""
+
+    @abstractmethod
+    def pull_back(self, tiles: Iterator[tuple[slice, Tensor]]) -> tuple[Tensor | None, ...]:
+        """Gradients in the leaves, given the gradient in C as tiles of rows (consumed one at a time)."""
 
     def scale(self) -> tuple[Tensor, Tensor]:
         """Mean and largest of ``|C|`` over the finite entries (the largest may be an upper bound), ``(*b,)``."""
@@ -90,14 +95,14 @@ class LogKernel(ABC):
         """``lse_i = log sum_j exp(bias_j - C_ij / eps)`` and ``avg_i``, the softmax-weighted mean of ``values_j``.
 
         ``bias`` is ``(*b, m)`` (``-inf`` drops a column), ``values`` ``(*b, m, p)``; the results are ``(*b, n)`` and
-        ``(*b, n, p)``.  Memory is one tile.  Differentiable: the backward pass recomputes tile by tile.
+        ``(*b, n, p)``.  Memory is one tile.  Differentiable once: the backward pass streams as well.
         """
-        wanted = self.requires_grad or bias.requires_grad or (values is not None and values.requires_grad)
-        with linalg.full_precision():
-            if torch.is_grad_enabled() and wanted:
-                return self._reduce_differentiable(bias, eps, values)
-            with torch.no_grad():
-                return self._reduce_in_place(bias, eps, values)
+        inputs = (bias, values, *self.leaves)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+            lse, avg = _Reduction.apply(self, eps, *inputs)
+            return lse, None if values is None else avg
+        with torch.no_grad(), linalg.full_precision():
+            return self._reduce_in_place(bias, eps, values)
 
     def _reduce_in_place(self, bias: Tensor, eps: float, values: Tensor | None) -> tuple[Tensor, Tensor | None]:
         n = self.shape[0]
@@ -123,13 +128,56 @@ class LogKernel(ABC):
         offset = self.offset(unit)
         return (lse if offset is None else lse.add_(offset)).mul_(LN2), avg
 
-    def _reduce_differentiable(self, bias: Tensor, eps: float, values: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        def tile(rows: slice, bias: Tensor, values: Tensor | None) -> tuple[Tensor, Tensor | None]:
-            z = bias[..., None, :] - self.entries(rows) / eps
-            return z.logsumexp(-1), None if values is None else z.softmax(-1) @ values
+    def softmax_tiles(self, bias: Tensor, eps: float, lse: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """``exp(bias_j - C_ij / eps - lse_i)`` by tiles of rows, all in one buffer: each is gone when the next is made."""
+        unit = eps * LN2
+        column, offset = self.column(bias / LN2, unit), self.offset(unit)
+        level = (lse / LN2 if offset is None else lse / LN2 - offset).masked_fill(lse == -torch.inf, 0)
+        scratch: Tensor | None = None
+        for rows in self.tiles():
+            size = rows.stop - rows.start
+            if scratch is None or scratch.shape[-2] < size:
+                scratch = self.buffer(size)
+            z = self.logits(rows, column, unit, scratch[..., :size, :])
+            yield rows, z.sub_(level[..., rows, None]).exp2_()
 
-        parts = [
-            checkpoint(tile, rows, bias, values, use_reentrant=False, preserve_rng_state=False) for rows in self.tiles()
-        ]
-        lse = torch.cat([part[0] for part in parts], -1)
-        return lse, None if values is None else torch.cat([part[1] for part in parts], -2)
+
+class _Reduction(torch.autograd.Function):
+    """`LogKernel.reduce` with its adjoint: with the softmax weights p and the gradients l of lse and a of avg,
+
+    ``d bias_j = sum_i w_ij``, ``d C_ij = -w_ij / eps``, ``d values_j = sum_i p_ij a_i``,
+    ``w_ij = p_ij (l_i + <a_i, values_j - avg_i>)``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, kernel: LogKernel, eps: float, bias: Tensor, values: Tensor | None, *leaves: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        with linalg.full_precision():
+            lse, avg = kernel._reduce_in_place(bias, eps, values)
+        ctx.kernel, ctx.eps = kernel, eps
+        ctx.save_for_backward(bias, values, lse, avg)
+        return lse, lse.new_empty(0) if avg is None else avg
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_lse: Tensor, grad_avg: Tensor) -> tuple[Tensor | None, ...]:
+        kernel, eps = ctx.kernel, ctx.eps
+        bias, values, lse, avg = ctx.saved_tensors
+        d_bias = torch.zeros_like(bias)
+        d_values = None if values is None else torch.zeros_like(values)
+        base = grad_lse if values is None else grad_lse - (grad_avg * avg).sum(-1)
+
+        def tiles() -> Iterator[tuple[slice, Tensor]]:
+            for rows, p in kernel.softmax_tiles(bias, eps, lse):
+                weight = base[..., rows, None]
+                if d_values is not None:
+                    d_values.add_(p.mT @ grad_avg[..., rows, :])
+                    weight = weight + grad_avg[..., rows, :] @ values.mT
+                w = p.mul_(weight)
+                d_bias.add_(w.sum(-2))
+                yield rows, w.mul_(-1 / eps)
+
+        with linalg.full_precision():
+            grads = kernel.pull_back(tiles())
+        return None, None, d_bias, d_values, *grads

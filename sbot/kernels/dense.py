@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import final
 
 import torch
@@ -24,8 +25,14 @@ class DenseKernel(LogKernel):
         return DenseKernel(self.matrix.mT)
 
     @property
-    def requires_grad(self) -> bool:
-        return self.matrix.requires_grad
+    def leaves(self) -> tuple[Tensor, ...]:
+        return (self.matrix,)
+
+    def pull_back(self, tiles: Iterator[tuple[slice, Tensor]]) -> tuple[Tensor | None, ...]:
+        out = torch.empty_like(self.matrix)
+        for rows, tile in tiles:
+            out[..., rows, :] = tile
+        return (out,)
 
     def entries(self, rows: slice) -> Tensor:
         return self.matrix[..., rows, :]

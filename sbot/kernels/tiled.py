@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import final
 
 import torch
@@ -40,8 +41,43 @@ class TiledKernel(LogKernel):
         return TiledKernel(self.cost, self.x, self.y, flipped=not self.flipped)
 
     @property
-    def requires_grad(self) -> bool:
-        return self.x.requires_grad or self.y.requires_grad
+    def leaves(self) -> tuple[Tensor, ...]:
+        return self.x, self.y
+
+    def pull_back(self, tiles: Iterator[tuple[slice, Tensor]]) -> tuple[Tensor | None, ...]:
+        if self._embedded is None:
+            return self._pull_back_entries(tiles)
+        # d C = sum_j w_ij (u_i - v_j) for u_i and sum_i w_ij (v_j - u_i) for v_j, then once through the embedding
+        u, v = self._embedded
+        d_u, d_v = torch.zeros_like(u), torch.zeros_like(v)
+        for rows, w in tiles:
+            d_u[..., rows, :] = w.sum(-1)[..., None] * u[..., rows, :] - w @ v
+            d_v += w.sum(-2)[..., None] * v - w.mT @ u[..., rows, :]
+        if self.flipped:
+            d_u, d_v = d_v, d_u
+        with torch.enable_grad():
+            x, y = (leaf.detach().requires_grad_() for leaf in self.leaves)
+            pair = self.cost.embed(x, y)
+            assert pair is not None
+            return torch.autograd.grad(pair, (x, y), (d_u, d_v))
+
+    def _pull_back_entries(self, tiles: Iterator[tuple[slice, Tensor]]) -> tuple[Tensor | None, ...]:
+        """Any cost: autograd through one tile of entries at a time."""
+        x, y = (leaf.detach() for leaf in self.leaves)
+        grads = torch.zeros_like(x), torch.zeros_like(y)
+        here, there = (1, 0) if self.flipped else (0, 1)
+        for rows, w in tiles:
+            with torch.enable_grad():
+                parts = [x, y]
+                parts[here] = parts[here][..., rows, :]
+                parts = [part.detach().requires_grad_() for part in parts]
+                entries = self.cost.matrix(parts[0], parts[1])
+                got = torch.autograd.grad(entries, parts, w.mT if self.flipped else w, allow_unused=True)
+            if (near := got[here]) is not None:
+                grads[here][..., rows, :] = near
+            if (far := got[there]) is not None:
+                grads[there].add_(far)
+        return grads
 
     def entries(self, rows: slice) -> Tensor:
         if self.flipped:

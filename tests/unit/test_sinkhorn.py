@@ -286,17 +286,17 @@ def test_gradient_through_the_plan_s_functions(generator):
 
 
 def test_non_convergence_is_said_and_can_be_continued(generator):
-    x, y = clouds(40, 40, 2, generator)
+    x, y = clouds(40, 50, 2, generator)
     with pytest.warns(
         sbot.NotConverged, match=r"stopped \(max_iter\) after 20 iterations at marginal error .* init=bridge"
     ):
-        short = sbot.solve_bridge(x, y, 0.05, solver=sbot.Sinkhorn(max_iter=20))
+        short = sbot.solve_bridge(x, y, 0.1, solver=sbot.Sinkhorn(max_iter=20))
     assert not short.report.converged
     assert short.report.reason == "max_iter"
     assert short.report.iterations == 20
-    cold = sbot.solve_bridge(x, y, 0.05, solver=sbot.Sinkhorn(tol=1e-6))
-    warm = sbot.solve_bridge(x, y, 0.05, solver=sbot.Sinkhorn(tol=1e-6), init=short)
-    again = sbot.solve_bridge(x, y, 0.05, solver=sbot.Sinkhorn(tol=1e-6), init=cold)
+    cold = sbot.solve_bridge(x, y, 0.1, solver=sbot.Sinkhorn(tol=1e-6))
+    warm = sbot.solve_bridge(x, y, 0.1, solver=sbot.Sinkhorn(tol=1e-6), init=short)
+    again = sbot.solve_bridge(x, y, 0.1, solver=sbot.Sinkhorn(tol=1e-6), init=cold)
     assert warm.report.converged
     assert warm.report.iterations < cold.report.iterations
     assert again.report.iterations <= 1
