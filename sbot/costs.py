@@ -205,6 +205,13 @@ class MatrixCost(Cost):
             return self.values  # no copy
         return self.values[..., x, :][..., y]
 
+    @property
+    def T(self) -> MatrixCost:
+        """The cost of going back; shares memory."""
+        back = object.__new__(MatrixCost)
+        back.source_dtype, back.values = self.source_dtype, self.values.mT
+        return back
+
     def __repr__(self) -> str:
         return f"MatrixCost{tuple(self.values.shape)}"
 

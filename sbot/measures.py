@@ -434,8 +434,8 @@ def _from_distribution(distribution: td.Distribution) -> Measure:
 def as_measure(obj: Any, name: str = "mu", *, histogram: int = 0) -> Measure:
     """Make a measure of whatever the caller has.
 
-    A `Measure` is returned as it is; a tensor or array ``(n, d)`` becomes `Discrete` with equal weights, a tuple
-    ``(points, weights)`` becomes `Discrete`; an array of ``histogram`` dimensions is the weights of a histogram (a cost
+    A `Measure` is returned as it is; a tensor or array ``(n, d)`` becomes `Discrete` with equal weights, a tuple of two
+    is ``(points, weights)`` and becomes `Discrete`; an array of ``histogram`` dimensions is the weights of a histogram (a cost
     matrix was given); `torch.distributions` become `Gaussian`, `Mixture` or `Sampler`; a map-style dataset becomes a
     `Sampler`; so does a function of ``n`` or of ``(n, generator)``.  Raises `InvalidProblem` for anything else.
 
@@ -453,7 +453,7 @@ def as_measure(obj: Any, name: str = "mu", *, histogram: int = 0) -> Measure:
         return Sampler.from_loader(obj)
     if isinstance(obj, torch.utils.data.Dataset):
         return Sampler.from_dataset(obj)
-    if isinstance(obj, tuple) and len(obj) == 2 and getattr(obj[0], "ndim", 2) >= 2:
+    if isinstance(obj, tuple) and len(obj) == 2:
         return Discrete(obj[0], obj[1], name=name)
     if callable(obj):
         try:

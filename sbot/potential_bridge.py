@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from . import linalg
+from .arrays import compute_dtype
 from .bridge import Bridge, DualPotential, Potentials, Report, in_result_dtype
 from .coupling import Coupling, DiscreteCoupling, GaussianCoupling, damping
-from .errors import Unsupported
+from .errors import InvalidProblem, Unsupported
 from .measures import Discrete, Measure
 from .pack import pack
 from .potentials import Atoms, Potential, Tilted
@@ -87,7 +89,8 @@ class PotentialBridge(Bridge):
             raise Unsupported(f"the atoms of mu are places at s = 0, not at s = {time:g}; give points x")
         if x is None and not isinstance(self.phi, Atoms):
             raise Unsupported("mu has no atoms; give points x, such as mu.sample(1000)")
-        points = self.problem.sites[0] if x is None else self._points(x)
+        # at the atoms the map moves with them through psi too: no gradient is better than a part of one
+        points = self.problem.sites[0].detach() if x is None else self._points(x)
         if time == 1:
             raise Unsupported("given X_1 = x there is nothing left to know; ask at s < 1")
         return self.problem.reference.pull_back(self.psi, time, points, self.problem.eps)
@@ -196,10 +199,16 @@ class PotentialBridge(Bridge):
     # ---- keeping ---------------------------------------------------------------------------------------------------
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> PotentialBridge:
+        if dtype is not None and not dtype.is_floating_point:
+            raise InvalidProblem(f"dtype is {dtype}; give a floating dtype")
+        inner = None if dtype is None else compute_dtype(dtype)
         return PotentialBridge(
-            self.problem.to(dtype=dtype, device=device),
-            self.phi.to(dtype=dtype, device=device),
-            self.psi.to(dtype=dtype, device=device),
+            replace(
+                self.problem.to(dtype=inner, device=device),
+                result_dtype=self.problem.result_dtype if dtype is None else dtype,
+            ),
+            self.phi.to(dtype=inner, device=device),
+            self.psi.to(dtype=inner, device=device),
             self.report,
         )
 

@@ -115,7 +115,6 @@ class Problem:
             mu=self.mu.to(dtype=dtype, device=device),
             nu=self.nu.to(dtype=dtype, device=device),
             reference=reference,
-            result_dtype=dtype or self.result_dtype,
         )
 
     # ---- checks ----------------------------------------------------------------------------------------------------

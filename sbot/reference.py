@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import linalg, magnus
 from .arrays import as_number, as_tensor, require_finite
-from .costs import Cost, Quadratic, TransitionCost, as_cost
+from .costs import Cost, MatrixCost, Quadratic, TransitionCost, as_cost
 from .errors import InvalidProblem, Unsupported
 from .potentials import Atoms, Potential, Tilted
 
@@ -130,7 +130,8 @@ class Static(Reference):
         return self._weigh(psi, s == 0, x, self._cost, eps)
 
     def push_forward(self, phi: Potential, t: float, y: Tensor, eps: float) -> tuple[Tilted, Tensor]:
-        tilted = self._weigh(phi, t == 1, y, _Reversed(self._cost), eps)
+        back = self._cost.T if isinstance(self._cost, MatrixCost) else _Reversed(self._cost)
+        tilted = self._weigh(phi, t == 1, y, back, eps)
         return tilted, torch.zeros((), dtype=torch.float64)
 
     @staticmethod

@@ -99,7 +99,7 @@ class LogKernel(ABC):
         """
         inputs = (bias, values, *self.leaves)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-            lse, avg = _Reduction.apply(self, eps, *inputs)
+            lse, avg = _Reduction.apply(self, eps, *inputs)  # type: ignore[no-untyped-call]
             return lse, None if values is None else avg
         with torch.no_grad(), linalg.full_precision():
             return self._reduce_in_place(bias, eps, values)
@@ -160,7 +160,7 @@ class _Reduction(torch.autograd.Function):
         return lse, lse.new_empty(0) if avg is None else avg
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_lse: Tensor, grad_avg: Tensor) -> tuple[Tensor | None, ...]:
         kernel, eps = ctx.kernel, ctx.eps
         bias, values, lse, avg = ctx.saved_tensors

@@ -18,7 +18,7 @@ from ..potential_bridge import PotentialBridge
 from ..potentials import Quadratics
 from ..problem import INF, Problem
 from ..reference import LinearReference
-from .base import Solver
+from .base import Solver, reporting
 
 
 @final
@@ -52,7 +52,8 @@ class ClosedForm(Solver):
         start = time.perf_counter()
         mu, nu, reference, eps = problem.mu, problem.nu, problem.reference, problem.eps
         assert isinstance(mu, Gaussian) and isinstance(nu, Gaussian) and isinstance(reference, LinearReference)
-        plan = couple(mu, nu, reference, eps)
+        with reporting(progress, "ClosedForm"):
+            plan = couple(mu, nu, reference, eps)
         step = reference.transition(0.0, 1.0).to(mu.mean)
         d = mu.event_shape[0]
         flow = linalg.matrix(step.phi, d)

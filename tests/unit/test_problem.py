@@ -60,6 +60,7 @@ BAD = [
     (lambda: sbot.solve_bridge(None, Y, 0.1), "mu must be an array of real numbers, not NoneType"),
     (lambda: sbot.solve_bridge({"x": 1}, Y, 0.1), "mu must be an array of real numbers, not dict"),
     (lambda: sbot.solve_bridge([X[0], X[1]], Y, 0.1), r"mu is a list of tensors; pass torch.stack\(mu\)"),
+    (lambda: sbot.solve_bridge((X[:, 0], A), Y, 0.1), r"mu points are 1-dimensional, shape \(6,\)"),
     # weights
     (lambda: sbot.solve_bridge((X, with_entry(A, NAN)), Y, 0.1), "mu weights has 1 entries that are NaN"),
     (lambda: sbot.solve_bridge((X, with_entry(A, -0.1)), Y, 0.1), r"mu has a negative weight at \[3\]"),
@@ -112,7 +113,7 @@ BAD = [
     # solver
     (lambda: sbot.solve_bridge(X, Y, 0.1, solver="simplex"), "solver is 'simplex'; give 'auto'"),
     (lambda: sbot.solve_bridge(X, Y, 0.1, solver=sbot.Sinkhorn), "solver is <class"),
-    (lambda: sbot.solve_bridge(X, Y, 0.1, solver="closedform"), None),
+    (lambda: sbot.solve_bridge(X, Y, 0.1, solver="closedform"), "ClosedForm: mu is Discrete, needs Gaussian"),
     # Gaussians
     (lambda: sbot.Gaussian(torch.zeros(2), torch.zeros(2, 3)), r"covariance has shape \(2, 3\); give a square"),
     (lambda: sbot.Gaussian(torch.zeros(2), torch.eye(3)), r"covariance has shape \(3, 3\)"),
@@ -191,6 +192,29 @@ def test_a_static_cost_has_no_process():
     assert bridge.marginal(1.0).n == 5
 
 
+def test_batches_are_drawn_side_by_side(generator):
+    x, y = clouds(8, 9, 2, generator, (3,))
+    bridge = sbot.solve_bridge(x, y, 0.5)
+    assert bridge.sample_paths(5, [0.0, 0.3, 1.0], generator=generator).shape == (3, 5, 3, 2)
+    assert bridge.plan(rows=[1]).shape == (3, 1, 9)
+    draws = bridge.marginal(1.0).sample(200, generator=generator)
+    for k in range(3):  # each from its own problem
+        assert bool((draws[k][:, None] == y[k]).all(-1).any(1).all())
+    late = bridge.condition(x[:, :2], 0.2)
+    assert late.sample(generator=generator).shape == (3, 2, 2)
+    one = sbot.solve_bridge(x[1], y[1], 0.5)
+    torch.testing.assert_close(bridge.drift(0.3, x)[1], one.drift(0.3, x[1]), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(bridge.log_prob(0.3, x)[1], one.log_prob(0.3, x[1]), rtol=1e-6, atol=1e-6)
+
+
+def test_at_the_atoms_there_is_no_part_of_a_gradient(generator):
+    x, y = clouds(6, 7, 2, generator)
+    bridge = sbot.solve_bridge(x.requires_grad_(), y, 0.5)
+    assert not bridge.transport().requires_grad
+    assert bridge.cost().requires_grad
+    assert bridge.transport(x.detach().clone().requires_grad_()).requires_grad
+
+
 def test_histograms_and_numbered_points():
     plain = sbot.solve_bridge(A, B, 0.5, cost=M)
     i, j = plain.sample_pairs(100)
@@ -201,6 +225,9 @@ def test_histograms_and_numbered_points():
         plain.transport()
     with pytest.raises(sbot.Unsupported, match="must be 1-D atom numbers"):
         plain.condition(X)
+    f, g = plain.potentials()
+    torch.testing.assert_close(f([1, 2]), f.values[1:3], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(g(range(5)), g.values, rtol=1e-3, atol=1e-3)
     named = sbot.solve_bridge((X, A), (Y, B), 0.5, cost=M)
     torch.testing.assert_close(named.transport(), plain.plan() @ Y * 6, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(named.transport([2, 0]), named.transport()[[2, 0]])
