@@ -1,4 +1,4 @@
-"""The demonstration: handwritten threes become eights, in pixel space, along a Schrödinger bridge."""
+"""The demonstration: handwritten zeros become sixes, in pixel space, along a Schrödinger bridge."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .bridge import Bridge
 from .errors import Unsupported
 
 #: Which digit becomes which.
-SOURCE, TARGET = 3, 8
+SOURCE, TARGET = 0, 6
 #: Pixels lie in [0, 1]; half-way the noise in each has standard deviation sqrt(eps) / 2, about 0.07: digits stay legible.
 EPS = 0.02
 SIDE = 8
@@ -33,17 +33,19 @@ def run(out: Path, *, eps: float = EPS, seed: int = 0, progress: bool = False) -
     """Solve, print the report and the values, and write the bridge and its pictures into the folder ``out``."""
     from . import plot
 
-    threes, eights = load(SOURCE), load(TARGET)
+    zeros, sixes = load(SOURCE), load(TARGET)
     out.mkdir(parents=True, exist_ok=True)
-    print(f"{len(threes)} pictures of {SOURCE} to {len(eights)} of {TARGET}, {threes.shape[1]} pixels, eps = {eps:g}")
-    bridge = solve_bridge(threes, eights, eps, progress=progress or None)
+    print(f"{len(zeros)} pictures of {SOURCE} to {len(sixes)} of {TARGET}, {zeros.shape[1]} pixels, eps = {eps:g}")
+    bridge = solve_bridge(zeros, sixes, eps, progress=progress or None)
     print(bridge.report)
-    print(f"cost {float(bridge.cost()):.6f}   linear cost {float(bridge.linear_cost()):.6f}   gap {float(bridge.gap()):.1e}")
+    print(
+        f"cost {float(bridge.cost()):.6f}   linear cost {float(bridge.linear_cost()):.6f}   gap {float(bridge.gap()):.1e}"
+    )
     generator = torch.Generator().manual_seed(seed)
-    paths = bridge.sample_paths(8, TIMES, generator=generator).unflatten(-1, (SIDE, SIDE))
+    paths = bridge.sample_paths(8, TIMES, generator=generator)
     title = f"Handwritten {SOURCE}s become {TARGET}s: 8 sample paths, eps = {eps:g} in units of the cost"
     pictures = {
-        "digits.png": plot.digits(paths, TIMES, title),
+        "digits.png": plot.digits(paths.reshape(8, len(TIMES), SIDE, SIDE), TIMES, title),
         "paths.png": plot.draw(bridge, "paths", n=30, generator=generator),
         "convergence.png": plot.draw(bridge, "convergence"),
     }

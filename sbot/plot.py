@@ -369,20 +369,21 @@ KINDS: dict[str, Callable[..., Figure]] = {
 
 
 def digits(images: Any, times: Sequence[float], title: str = "") -> Figure:
-    """A table of pictures that change: ``images`` ``(rows, len(times), height, width)``, dark ink for large values."""
+    """A table of pictures that change: ``images`` ``(rows, len(times), height, width)``, 0 white and 1 black."""
     pictures = np.asarray(images.detach().cpu() if isinstance(images, Tensor) else images, dtype=float)
     if pictures.ndim != 4 or pictures.shape[1] != len(times):
         raise InvalidProblem(f"images have shape {pictures.shape}; give (rows, {len(times)}, height, width)")
     rows, columns = pictures.shape[:2]
     figure = Figure(figsize=(0.85 * columns + 0.3, 0.85 * rows + 0.9), layout="constrained")
-    figure.suptitle(title)
-    for axes, picture in zip(
-        figure.subplots(rows, columns, squeeze=False).flat, pictures.reshape(-1, *pictures.shape[2:]), strict=True
-    ):
-        axes.imshow(picture, cmap="Greys", vmin=0, vmax=1, interpolation="none")
-        axes.set(xticks=[], yticks=[])
-        axes.spines[:].set_color("0.85")
-    for axes, t in zip(figure.axes[:columns], times, strict=True):
+    figure.suptitle(title, fontsize="medium")
+    table = figure.subplots(rows, columns, squeeze=False)
+    for row, line in zip(table, pictures, strict=True):
+        for axes, picture in zip(row, line, strict=True):
+            # a person reads eight by eight pixels better without their edges
+            axes.imshow(picture, cmap="Greys", vmin=0, vmax=1, interpolation="bilinear")
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_color("0.85")
+    for axes, t in zip(table[0], times, strict=True):
         axes.set_title(f"t = {t:g}", fontsize="small")
     return figure
 
