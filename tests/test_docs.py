@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import shlex
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import sbot
+from sbot import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -41,6 +44,30 @@ def test_blocks_run(page, tmp_path, monkeypatch):
                 exec(compile("\n" * line + source, str(page), "exec"), namespace)
             expected = [said.strip() for said in PRINTS.findall(source)]
             assert printed.getvalue().splitlines() == expected, f"{page.name}, block at line {line + 1}"
+
+
+def test_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    np.save("x.npy", torch.randn(40, 2, generator=generator).numpy())
+    np.save("y.npy", torch.randn(50, 2, generator=generator).numpy() + 3)
+    text = (ROOT / "README.md").read_text(encoding="utf-8").split("## The command line")[1].split("```")[1]
+    commands = [shlex.split(line)[3:] for line in text.splitlines() if line.startswith("python -m sbot")]
+    assert [command[0] for command in commands] == ["solve", "info", "sample", "transport", "plot", "demo"]
+    for command in commands[:-1]:  # the demo has tests of its own
+        with pytest.raises(SystemExit) as done:
+            cli.commands.main(command)
+        assert done.value.code == 0, capsys.readouterr().err
+    assert "converged    yes" in capsys.readouterr().out
+    assert np.load("half.npy").shape == (1000, 2)
+    assert np.loadtxt("moved.csv", delimiter=",").shape == (40, 2)
+    assert (tmp_path / "paths.png").stat().st_size > 1000
+
+
+def test_options_in_the_readme_exist():
+    text = (ROOT / "README.md").read_text(encoding="utf-8").split("## The command line")[1].split("\n## ")[0]
+    known = {option for command in cli.commands.commands.values() for param in command.params for option in param.opts}
+    assert set(re.findall(r"--[a-z-]+", text)) - {"--help"} <= known
 
 
 def test_pages_have_blocks():
