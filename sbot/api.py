@@ -66,8 +66,8 @@ def solve_bridge(
     >>> x = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
     >>> bridge = sbot.solve_bridge(x, x + 1, eps=0.1)
     >>> bridge.plan()
-    tensor([[0.5000, 0.0000],
-            [0.0000, 0.5000]], dtype=torch.float64)
+    tensor([[0.4967, 0.0033],
+            [0.0033, 0.4967]], dtype=torch.float64)
     """
     problem = Problem.of(mu, nu, eps, reference, cost, relax)
     return choose_solver(problem, solver).solve(problem, init=init, progress=progress)

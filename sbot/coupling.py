@@ -147,6 +147,7 @@ class DiscreteCoupling(Coupling):
     def _tiles(self, left: Tensor, right: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Rows, their log-plan for the given log-weights, and their costs; in float64."""
         kernel = self._kernel()
+        kernel.tile_bytes = 2**20  # a caller makes several float64 tiles of each
         for rows in kernel.tiles():
             c = kernel.entries(rows).double()
             yield rows, left[..., rows, None].double() + right[..., None, :].double() - c / self.eps, c

@@ -54,7 +54,7 @@ def _settle(tensor: Tensor) -> Tensor:
 def categorical(log_weights: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
     """Draw ``(*b, n)`` indices by inverse cumulative weights, in float64: `multinomial` stops at 2^24 categories."""
     weights = (log_weights - log_weights.amax(-1, keepdim=True)).double().exp()
-    ladder = weights.cumsum(-1)
+    ladder = weights.cumsum(-1).contiguous()
     shape = (*log_weights.shape[:-1], n)
     u = torch.rand(shape, generator=generator, dtype=torch.float64, device=log_weights.device) * ladder[..., -1:]
     # right=True: an atom of zero weight spans an empty step of the ladder and is never drawn
