@@ -135,14 +135,22 @@ def _read_npz(path: Path) -> dict[str, Any]:
 def _read_csv(path: Path) -> dict[str, Any]:
     """Numbers between commas; the first line may name the columns instead."""
     with path.open(encoding="utf-8-sig") as file:
-        lines = [line for line in file if line.strip()]
-    try:
-        np.loadtxt(lines[:1], delimiter=",")
-    except ValueError:
+        lines = [line for line in file if line.strip() and not line.startswith("#")]
+    if lines and not any(
+        _is_number(cell) for cell in lines[0].split(",")
+    ):  # one slip in a row is an error, not a header
         lines = lines[1:]
     if not lines:
         raise InvalidFile(f"{path} holds no numbers; give one point a line, its coordinates between commas")
     return {"points": np.loadtxt(lines, delimiter=",", ndmin=2)}
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 _READERS: dict[str, Callable[[Path], dict[str, Any]]] = {
@@ -440,11 +448,12 @@ def plot(bridge: Path, out: Path, kind: str, n: int | None, seed: int) -> None:
 
     check_output(out, (*pictures.FORMATS, ".gif"))
     found = load(bridge)
-    options: dict[str, Any] = {"generator": _generator(found, seed)} | ({} if n is None else {"n": n})
+    options: dict[str, Any] = {} if n is None else {"n": n}
+    if kind != "convergence":
+        options["generator"] = _generator(found, seed)
     if out.suffix.lower() == ".gif":
         pictures.animation(found, out, **options)
     else:
-        options = {} if kind == "convergence" and n is None else options
         pictures.save(pictures.draw(found, kind, **options), out)
     click.echo(f"wrote {out}")
 

@@ -6,7 +6,6 @@ matplotlib is imported here and nowhere else, and only its objects are used: no 
 from __future__ import annotations
 
 import inspect
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -16,14 +15,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
 from matplotlib.colors import LinearSegmentedColormap, Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Generator, Tensor
 
 from . import io
@@ -72,10 +72,11 @@ def draw(bridge: Bridge, kind: str = "auto", **options: Any) -> Figure:
     """
     if kind != "auto":
         return _drawn(bridge, kind, options)
+    _check_options("auto", options, [name for other in KINDS for name in _options(other)])
     refusals = []
     for name in KINDS:
         try:
-            return _drawn(bridge, name, options)
+            return _drawn(bridge, name, {key: value for key, value in options.items() if key in _options(name)})
         except Unsupported as refusal:
             refusals.append(f"{name}: {refusal}")
     raise Unsupported("nothing of this bridge can be drawn:\n" + "\n".join(refusals))
@@ -84,17 +85,24 @@ def draw(bridge: Bridge, kind: str = "auto", **options: Any) -> Figure:
 def _drawn(bridge: Bridge, kind: str, options: dict[str, Any]) -> Figure:
     if kind not in tuple(KINDS):
         raise InvalidProblem(f"kind is {kind!r}; give one of {', '.join(map(repr, ('auto', *KINDS)))}")
-    known = [p.name for p in inspect.signature(KINDS[kind]).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    for name in options:
-        if name not in known:
-            choices = ", ".join(known) or "no options"
-            raise InvalidProblem(f"{name!r} is not an option of the picture {kind!r}; it takes {choices}")
+    _check_options(kind, options, _options(kind))
     if bridge.problem.batch_shape and kind != "convergence":
         raise Unsupported(
             f"the bridge holds a batch {bridge.problem.batch_shape} of problems; solve one alone to draw it, "
             "or draw 'convergence'"
         )
     return KINDS[kind](bridge, **options)
+
+
+def _options(kind: str) -> list[str]:
+    return [p.name for p in inspect.signature(KINDS[kind]).parameters.values() if p.kind is p.KEYWORD_ONLY]
+
+
+def _check_options(kind: str, options: dict[str, Any], known: list[str]) -> None:
+    for name in options:
+        if name not in known:
+            choices = ", ".join(dict.fromkeys(known)) or "no options"
+            raise InvalidProblem(f"{name!r} is not an option of the picture {kind!r}; it takes {choices}")
 
 
 def save(figure: Figure, path: str | PathLike[str], *, dpi: int = 150) -> None:
@@ -403,6 +411,7 @@ def animation(
     view = _view(bridge, generator)
     placed = view.place(_array(bridge.sample_paths(n, times, generator=generator)), times)
     figure, axes = _figure(bridge, f"{n} samples", (5.6, 4.8))
+    figure.set_dpi(90)
     _ends(bridge, axes, view, generator)
     dots = axes.scatter(placed[:, 0, 0], placed[:, 0, 1], s=10, color="black", zorder=3)
     # the frame holds every frame
@@ -410,20 +419,19 @@ def animation(
     axes.autoscale_view()
     clock = axes.set_title("t = 0.00", fontsize="medium")
 
-    def show(k: int) -> list[Any]:
-        dots.set_offsets(placed[:, k])
-        clock.set_text(f"t = {times[k]:.2f}")
-        return [dots, clock]
-
-    figure.draw_without_rendering()
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.draw()
     figure.set_layout_engine("none")  # once is enough: a layout for each frame is slow and trembles
-    rest = 8
-    order = [*[0] * rest, *range(len(times)), *[len(times) - 1] * rest]
-    film = FuncAnimation(figure, show, frames=order)
-    with tempfile.TemporaryDirectory() as folder:
-        whole = Path(folder, "film.gif")
-        film.save(whole, writer=PillowWriter(fps=15), dpi=90)
-        io.write_bytes(path, whole.read_bytes())
+    film = []
+    for k, t in enumerate(times):
+        dots.set_offsets(placed[:, k])
+        clock.set_text(f"t = {t:.2f}")
+        canvas.draw()
+        film.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).quantize(64))
+    milliseconds = [800, *[60] * (len(film) - 2), 800]
+    buffer = BytesIO()
+    film[0].save(buffer, "GIF", save_all=True, append_images=film[1:], duration=milliseconds, loop=0)
+    io.write_bytes(path, buffer.getvalue())
 
 
 # ---- shared --------------------------------------------------------------------------------------------------------
