@@ -1,0 +1,1 @@
+"""Measurements: problems with known answers, contenders behind one call, a run, a report."""

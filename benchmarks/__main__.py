@@ -1,0 +1,61 @@
+"""``python -m benchmarks NAME``: run one and write its results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import torch
+from tqdm import tqdm
+
+from . import large as large_problem
+from . import report, run
+
+RESULTS = Path(__file__).parent / "results"
+out_option = click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), default=RESULTS, help="Folder for the results."
+)
+
+
+@click.group(help=__doc__)
+def main() -> None:
+    torch.set_num_threads(2)
+
+
+@main.command()
+@click.option("--quick", is_flag=True, help="A few cells, to see that it runs.")
+@click.option("--seed", default=0, show_default=True)
+@out_option
+def pot(quick: bool, seed: int, out: Path) -> None:
+    """Plans, potentials and values of sbot and POT on the same problems (the full grid takes some minutes)."""
+    out.mkdir(parents=True, exist_ok=True)
+    cells = run.pot_cells(quick, seed)
+    rows = list(tqdm(run.compare(cells), total=len(cells), desc="compare"))
+    times = list(tqdm(run.time_all(run.timed_cells(quick, seed)), desc="time"))
+    env = report.environment()
+    settings = {"seed": seed, "tolerance": run.TOLERANCE, "seconds for POT": run.SECONDS, "quick": quick}
+    report.write_csv(out / "pot.csv", rows)
+    report.write_json(out / "pot.json", {"environment": env, "settings": settings, "times": times})
+    (out / "pot.md").write_text(report.pot_page(rows, times, env, settings), encoding="utf-8")
+    report.pot_figure(rows, times).savefig(out / "pot.png", dpi=110)
+    click.echo(f"{len(rows)} problems; wrote pot.csv, pot.json, pot.md and pot.png to {out}")
+
+
+@main.command()
+@click.option("--n", default=50_000, show_default=True, help="Points on each side.")
+@click.option("--ratio", default=0.05, show_default=True, help="eps over the mean cost.")
+@click.option("--seed", default=0, show_default=True)
+@out_option
+def large(n: int, ratio: float, seed: int, out: Path) -> None:
+    """One streamed problem in dimension 3, float32: seconds, and memory above the inputs (some minutes)."""
+    out.mkdir(parents=True, exist_ok=True)
+    env = report.environment()
+    result = large_problem.measure(n, 3, ratio, seed, torch.get_num_threads())
+    report.write_json(out / "large.json", {"environment": env, "seed": seed, "result": result})
+    page = large_problem.page(result, report.preamble(env, {"seed": seed}))
+    (out / "large.md").write_text(page, encoding="utf-8")
+    click.echo(page)
+
+
+if __name__ == "__main__":
+    main()
