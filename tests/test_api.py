@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import sbot
+from sbot import metrics, plot
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "sbot"
@@ -94,10 +95,20 @@ def test_errors_are_what_one_would_catch():
 
 
 def test_api_page_lists_the_public_names():
-    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8").split("## A bridge's methods")[0]
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8").split("## Modules")[0]
     listed = re.findall(r"^\| `(\w+)` \| .+ \|$", page, re.MULTILINE)
     assert len(listed) == len(set(listed))
     assert set(listed) == set(sbot.__all__)
+
+
+@pytest.mark.parametrize("module", [metrics, plot], ids=["metrics", "plot"])
+def test_api_page_lists_the_functions_of_a_module(module):
+    name = module.__name__.removeprefix("sbot.")
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    rows = "".join(re.findall(rf"^\| `{name}` \|([^|]*)\|", page, re.MULTILINE))
+    functions = inspect.getmembers(module, inspect.isfunction)
+    public = {key for key, value in functions if value.__module__ == module.__name__ and not key.startswith("_")}
+    assert set(re.findall(r"`(\w+)`", rows)) == public
 
 
 def test_api_page_lists_the_methods_of_a_bridge():
