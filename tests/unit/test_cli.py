@@ -131,10 +131,30 @@ def test_damaged_input(folder: Path, kind: str) -> None:
     path = _damaged(folder, kind)
     fails(run("solve", path, folder / "y.npz", "--eps", 1, "--out", folder / "o"), f"bad{kind}")
     path.write_bytes(b"")
-    fails(run("solve", path, folder / "y.npz", "--eps", 1, "--out", folder / "o"), f"bad{kind}")
+    result = run("solve", path, folder / "y.npz", "--eps", 1, "--out", folder / "o")
+    fails(result, f"bad{kind}", "holds no numbers" if kind == ".csv" else f"cannot be read as {kind}")
+    assert ("cannot be read" in result.stderr) == (kind != ".csv")  # a message that says it better is kept as it is
     path.write_bytes(os.urandom(64) + b"\xff")
     fails(run("solve", path, folder / "y.npz", "--eps", 1, "--out", folder / "o"), f"bad{kind}")
     assert not (folder / "o").exists()
+
+
+@pytest.mark.parametrize("kind", cli.ARRAYS)
+def test_no_damage_escapes_as_a_traceback(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"p{kind}"
+    cli.write_points(path, torch.ones(6, 2, dtype=F64), torch.ones(6, dtype=F64))
+    good, rng = path.read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for _ in range(100):
+        data = bytearray(good)
+        for place in rng.integers(min(len(data), 150), size=3):
+            data[place] = rng.integers(256)
+        path.write_bytes(data)
+        try:
+            cli.read_points(path)
+        except (sbot.SbotError, OSError, MemoryError):
+            refused += 1
+    assert refused > 50
 
 
 @pytest.mark.parametrize("kind", [".npy", ".npz"])
