@@ -7,14 +7,15 @@ from .errors import InvalidFile, InvalidProblem, NotConverged, NumericalError, P
 from .measures import Discrete, Gaussian, Measure, Mixture, Sampler, as_measure
 from .potential_bridge import PotentialBridge
 from .problem import Problem
-from .reference import Brownian, LinearReference, LinearSDE, OrnsteinUhlenbeck, Reference, Static
-from .solvers import ClosedForm, Progress, Sinkhorn, Solver
+from .reference import Affine, Brownian, LinearReference, LinearSDE, OrnsteinUhlenbeck, Reference, Static
+from .solvers import ClosedForm, Progress, Schedule, Sinkhorn, Solver
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AUTO",
     "SOLVERS",
+    "Affine",
     "Bridge",
     "Brownian",
     "ClosedForm",
@@ -44,6 +45,7 @@ __all__ = [
     "Report",
     "Sampler",
     "SbotError",
+    "Schedule",
     "Sinkhorn",
     "Solver",
     "Static",

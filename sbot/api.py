@@ -82,6 +82,8 @@ def choose_solver(problem: Problem, solver: str | Solver = "auto") -> Solver:
     >>> sbot.choose_solver(sbot.Problem.of(torch.zeros(2, 1), torch.ones(2, 1), 1.0)).__class__.__name__
     'Sinkhorn'
     """
+    if not isinstance(problem, Problem):
+        raise InvalidProblem(f"problem is {type(problem).__name__}; make one with sbot.Problem.of(mu, nu, eps)")
     candidates = _candidates(solver)
     refusals = []
     for candidate in candidates:

@@ -82,6 +82,8 @@ def require_finite(tensor: Tensor, name: str) -> Tensor:
 
 def as_number(value: Any, name: str) -> float:
     """Convert a real scalar (or 0-d array) to a float; raise `InvalidProblem` for anything else."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise InvalidProblem(f"{name} wants a gradient, and numbers have none here; pass float({name})")
     if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 0:
         value = value.item()
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (numbers.Real, np.number)):

@@ -37,7 +37,7 @@ class Report:
     ----------
     solver : the solver as it was called.
     converged : whether ``error <= tolerance`` was reached.
-    reason : why it stopped: "tolerance", "max_iter", "stalled", "precision", or "exact".
+    reason : why it stopped: "tolerance", "max_iter", "stalled", or "exact".
     iterations : number of iterations (for Sinkhorn, pairs of half-steps).
     error : relative L1 error of both marginals, summed; the worst problem of a batch.
     tolerance : what was aimed at; never below what the dtype can reach.

@@ -39,6 +39,8 @@ def write(path: str | PathLike[str], kind: str, header: dict[str, Any], tensors:
 def write_bytes(path: str | PathLike[str], data: bytes) -> None:
     """Replace the file at ``path``: temporary file beside it, fsync, rename; an error leaves the old file as it was."""
     target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{target} cannot be written: there is no folder {target.parent}; make it first")
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:

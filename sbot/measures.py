@@ -6,6 +6,7 @@ Shapes: ``n`` atoms in dimension ``d``, and optional leading batch dimensions ``
 from __future__ import annotations
 
 import inspect
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, final
@@ -453,7 +454,7 @@ def as_measure(obj: Any, name: str = "mu", *, histogram: int = 0) -> Measure:
         return Sampler.from_loader(obj)
     if isinstance(obj, torch.utils.data.Dataset):
         return Sampler.from_dataset(obj)
-    if isinstance(obj, tuple) and len(obj) == 2:
+    if isinstance(obj, tuple) and len(obj) == 2 and not isinstance(obj[0], numbers.Real):
         return Discrete(obj[0], obj[1], name=name)
     if callable(obj):
         try:

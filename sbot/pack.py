@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -51,14 +51,15 @@ def unpack(
 ) -> tuple[Problem, Potential, Potential, Report]:
     """The inverse of `pack`; ``reference`` stands in for one that a file cannot hold."""
     try:
-        problem = Problem(
-            mu=_unpack_measure(header["mu"], tensors, "mu"),
-            nu=_unpack_measure(header["nu"], tensors, "nu"),
-            eps=float(header["eps"]),
-            reference=_unpack_reference(header["reference"], tensors, reference),
-            relax=tuple(math.inf if rho is None else float(rho) for rho in header["relax"]),  # type: ignore[arg-type]
-            result_dtype=getattr(torch, header["result_dtype"]),
-            notes=tuple(header["notes"]),
+        reference = _unpack_reference(header["reference"], tensors, reference)
+        mu, nu = (_unpack_measure(header[side], tensors, side) for side in ("mu", "nu"))
+        relax = tuple(math.inf if rho is None else rho for rho in header["relax"])
+        result = getattr(torch, header["result_dtype"])
+        if not isinstance(result, torch.dtype) or not result.is_floating_point:
+            raise TypeError(f"{header['result_dtype']} is not a floating dtype")
+        # a file is input like any other: the same checks at the same door
+        problem = replace(
+            Problem.of(mu, nu, header["eps"], reference, None, relax), result_dtype=result, notes=tuple(header["notes"])
         )
         said = header["report"]
         report = Report(
@@ -70,11 +71,29 @@ def unpack(
             }
         )
         phi, psi = (_unpack_potential(header[side], tensors, side) for side in ("phi", "psi"))
-    except (KeyError, TypeError, AttributeError, ValueError) as problem_:
-        if isinstance(problem_, InvalidProblem) and "reference" in str(problem_):
-            raise
-        raise InvalidFile(f"the file does not hold a bridge ({problem_!r}); save it again") from None
+        _check_potential(phi, mu)
+        _check_potential(psi, nu)
+    except (InvalidFile, NeedsReference):
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as fault:
+        raise InvalidFile(f"the file does not hold a bridge ({fault!r}); save it again") from None
     return problem, phi, psi, report
+
+
+class NeedsReference(InvalidProblem):
+    """The file and the reference given to `load` do not fit together."""
+
+
+def _check_potential(potential: Potential, measure: Measure) -> None:
+    if isinstance(potential, Atoms):
+        fits = isinstance(measure, Discrete) and potential.log_weights.shape == measure.weights.shape
+    else:
+        assert isinstance(potential, Quadratics)
+        b, (d,), k = measure.batch_shape, measure.event_shape, potential.logits.shape[-1:]
+        shapes = [part.shape for part in (potential.logits, potential.means, potential.covs, potential.growth)]
+        fits = isinstance(measure, Gaussian) and shapes == [(*b, *k), (*b, *k, d), (*b, *k, d, d), (*b, d, d)]
+    if not fits:
+        raise ValueError("a potential does not fit its measure")
 
 
 def _finite(value: float) -> float | None:
@@ -152,11 +171,11 @@ def _pack_cost(cost: Cost, put: Any) -> Header:
 def _unpack_reference(said: Header, tensors: Tensors, given: Reference | None) -> Reference:
     kind = said["kind"]
     if given is not None and kind != "custom":
-        raise InvalidProblem(f"the file holds its own reference ({kind}); load it without reference= or cost=")
+        raise NeedsReference(f"the file holds its own reference ({kind}); load it without reference= or cost=")
     if given is not None:
         return given
     if kind == "custom":
-        raise InvalidProblem(
+        raise NeedsReference(
             f"the file was solved with a reference or cost of your own, {said['name']}, which a file cannot hold; "
             "give it again: sbot.load(path, reference=...) or sbot.load(path, cost=...)"
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 from . import linalg
 from .arrays import compute_dtype
 from .bridge import Bridge, DualPotential, Potentials, Report, in_result_dtype
+from .costs import MatrixCost
 from .coupling import Coupling, DiscreteCoupling, GaussianCoupling, damping
 from .errors import InvalidProblem, Unsupported
 from .measures import Discrete, Measure
@@ -140,6 +141,8 @@ class PotentialBridge(Bridge):
     def _linear(self) -> LinearReference:
         reference = self.problem.reference
         if not isinstance(reference, LinearReference):
+            if isinstance(self.problem.cost, MatrixCost):
+                raise Unsupported("a cost matrix has no process; solve with points and reference=sbot.Brownian()")
             raise Unsupported(
                 f"{reference!r} knows only its two ends: no drift, density or path; solve with reference=sbot.Brownian()"
             )

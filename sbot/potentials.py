@@ -95,7 +95,9 @@ class Atoms(Potential):
         raise Unsupported("a discrete measure has no density at its own time; ask at 0 < t < 1, or use plan()")
 
     def score(self, y: Tensor) -> Tensor:
-        raise Unsupported("the drift towards a discrete measure is infinite at its own time; ask at 0 <= t < 1")
+        raise Unsupported(
+            "the drift towards a discrete measure is infinite at its own time; ask at a time before it, 0 < t < 1"
+        )
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Atoms:
         numbered = not self.points.dtype.is_floating_point

@@ -24,6 +24,12 @@ INF = math.inf
 class Problem:
     """A validated problem; make it with `Problem.of`.
 
+    Examples
+    --------
+    >>> import torch, sbot
+    >>> sbot.Problem.of(torch.zeros(3, 2), torch.ones(4, 2), 0.5).reference
+    Brownian()
+
     Attributes
     ----------
     mu, nu : the marginals, of one dtype, device and batch shape.
@@ -179,8 +185,8 @@ class Problem:
                 f"sum(mu) = {float(a.flatten()[0]):.9g} and sum(nu) = {float(b.flatten()[0]):.9g}: a balanced problem needs "
                 "equal masses; normalise the weights, or relax the marginals: relax=(rho_mu, rho_nu)"
             )
-        if worst == 0:
-            return self
+        if worst <= 4 * torch.finfo(self.dtype).eps:
+            return self  # as equal as sums get
         nu = Discrete(self.nu.points, self.nu.weights * (a / b)[..., None].to(self.dtype))
         note = f"masses differed by {worst:.1e} relative: nu was rescaled to the mass of mu in float64"
         notes = self.notes if worst < 16 * rounding else (*self.notes, note)

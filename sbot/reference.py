@@ -31,7 +31,20 @@ Coefficient = Any  # a number, an array, or a function of t that returns one
 @final
 @dataclass(frozen=True)
 class Affine:
-    """The law ``N(phi x + shift, eps * cov)`` of a later time given ``x``; ``phi`` and ``cov`` are operators."""
+    """The law ``N(phi x + shift, eps * cov)`` of a later time given ``x``: what a linear reference has to say.
+
+    Parameters
+    ----------
+    phi, cov : 0-dimensional for a multiple of the identity, or ``(d, d)``.
+    shift : 0-dimensional, or ``(d,)``.
+
+    Examples
+    --------
+    >>> import torch, sbot
+    >>> half = sbot.Affine(torch.tensor(0.5), torch.tensor(1.0), torch.tensor(2.0))
+    >>> float(half.then(half).phi), float(half.then(half).shift), float(half.then(half).cov)
+    (0.25, 1.5, 2.5)
+    """
 
     phi: Tensor
     shift: Tensor

@@ -74,7 +74,7 @@ def test_where_pot_stops_at_iteration_zero(dtype, generator):
 def test_overflowing_costs_are_an_error_not_a_nan():
     x = torch.tensor([[0.0], [1e30]])
     for cost in (None, sbot.Lp(1, power=2), sbot.Quadratic()):
-        with pytest.raises(sbot.InvalidProblem, match="cost overflows torch.float32; rescale"):
+        with pytest.raises(sbot.InvalidProblem, match=r"cost overflows torch\.float32; rescale"):
             sbot.solve_bridge(x, x, 1.0, cost=cost)
     assert sbot.solve_bridge(x.double(), x.double(), 1e50).report.converged
     bad = torch.full((3, 3), 1.0)

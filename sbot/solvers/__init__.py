@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .base import Progress, Solver
 from .closed_form import ClosedForm
+from .schedule import Schedule
 from .sinkhorn import Sinkhorn
 
-__all__ = ["ClosedForm", "Progress", "Sinkhorn", "Solver"]
+__all__ = ["ClosedForm", "Progress", "Schedule", "Sinkhorn", "Solver"]

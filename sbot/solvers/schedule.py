@@ -5,18 +5,38 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import final
+
+from ..arrays import as_number
+from ..errors import InvalidProblem
 
 
+@final
 @dataclass(frozen=True)
 class Schedule:
     """Stages ``(eps_k, tolerance_k)`` from ``start`` down to the problem's eps by ``factor``, the last one exact.
 
     The potentials of one stage start the next: a large eps moves mass far in few iterations, a small one only refines.
     The early stages are left at a loose tolerance, since the next one undoes their last digits.
+
+    Parameters
+    ----------
+    factor : ratio of one eps to the one before, in (0, 1).
+    tolerance : marginal error at which a stage before the last is left, > 0.
+
+    Examples
+    --------
+    >>> import sbot
+    >>> [round(eps, 3) for eps, _ in sbot.Schedule(factor=0.5).stages(4.0, 1.0, 1e-9)]
+    [4.0, 2.0, 1.0]
     """
 
     factor: float = 0.25
     tolerance: float = 1e-2
+
+    def __post_init__(self) -> None:
+        if not 0 < as_number(self.factor, "factor") < 1 or not 0 < as_number(self.tolerance, "tolerance") < math.inf:
+            raise InvalidProblem(f"{self!r} is no schedule; give 0 < factor < 1 and a finite tolerance > 0")
 
     def stages(self, start: float, eps: float, tolerance: float) -> Iterator[tuple[float, float]]:
         """Equal ratios of at least ``factor`` from about ``start``; one stage where eps is not smaller."""

@@ -79,7 +79,7 @@ class Sinkhorn(Solver):
         as_count(self.max_iter, "max_iter")
         as_count(self.memory, "memory", least=0)
         if self.anneal is not None and not isinstance(self.anneal, Schedule):
-            raise InvalidProblem(f"anneal is {self.anneal!r}; give sbot.solvers.schedule.Schedule(...) or None")
+            raise InvalidProblem(f"anneal is {self.anneal!r}; give sbot.Schedule(...) or None")
 
     def accepts(self, problem: Problem) -> str | None:
         for name, measure in (("mu", problem.mu), ("nu", problem.nu)):

@@ -148,6 +148,33 @@ def test_a_newer_version_and_another_kind_say_so(tmp_path, monkeypatch):
         sbot.load(path)
 
 
+def test_forged_content_is_refused(tmp_path):
+    """A file with a right digest and a wrong content is input like any other."""
+    header, tensors = io.read(simple(tmp_path), "bridge")
+    path = tmp_path / "forged.safetensors"
+    short = tensors["phi.log_weights"][:2].clone()
+    wide = torch.zeros(3, 5, dtype=torch.float64)
+    for said, held in [
+        ({"eps": -1.0}, {}),
+        ({"result_dtype": "load"}, {}),
+        ({"result_dtype": "int32"}, {}),
+        ({"relax": [1.0]}, {}),
+        ({"relax": "no"}, {}),
+        ({"mu": {"kind": "Sampler", "parts": []}}, {}),
+        ({"reference": {"kind": "Levy"}}, {}),
+        ({"phi": {"kind": "Wavelets", "parts": []}}, {}),
+        ({"report": {}}, {}),
+        ({}, {"phi.log_weights": short}),
+        ({}, {"mu.points": wide}),
+        ({}, {"mu.weights": -tensors["mu.weights"]}),
+        ({}, {"nu.points": tensors["nu.points"] * float("nan")}),
+    ]:
+        io.write(path, "bridge", header | said, tensors | held)
+        with pytest.raises(sbot.InvalidFile) as caught:
+            sbot.load(path)
+        assert str(caught.value).count("InvalidFile") == 0
+
+
 def test_a_cost_of_one_s_own_is_asked_for_again(tmp_path):
     x, y = clouds(5, 6, 2, torch.Generator().manual_seed(0))
     mine = lambda x, y: torch.cdist(x, y)  # noqa: E731

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 
@@ -329,10 +330,16 @@ def test_annealing_changes_the_way_not_the_end(generator):
 def test_schedule_ends_on_the_problem():
     stages = list(Schedule(0.25, 1e-2).stages(3.0, 0.01, 1e-9))
     assert stages[-1] == (0.01, 1e-9)
-    ratios = [b[0] / a[0] for a, b in zip(stages, stages[1:], strict=False)]
+    ratios = [b[0] / a[0] for a, b in itertools.pairwise(stages)]
     assert all(0.25 - 1e-12 <= r < 1 for r in ratios)
     assert max(ratios) - min(ratios) < 1e-12
     assert list(Schedule().stages(0.0, 1.0, 1e-9)) == [(1.0, 1e-9)]
+
+
+def test_bad_schedules():
+    for options in ({"factor": 1.0}, {"factor": 0.0}, {"tolerance": 0.0}, {"tolerance": float("inf")}):
+        with pytest.raises(sbot.InvalidProblem, match="is no schedule"):
+            Schedule(**options)
 
 
 def test_tolerance_the_dtype_cannot_reach_is_raised_and_said(generator):
