@@ -311,7 +311,7 @@ def test_histograms_with_a_cost_matrix(tmp_path: Path, kind: str) -> None:
     result = run("sample", out, "--t", 1, "--n", 50, "--out", tmp_path / "s.csv", "--seed", 0)
     assert result.exit_code == 0, result.output
     assert set(np.loadtxt(tmp_path / "s.csv")) <= {0.0, 1.0, 2.0}
-    fails(run("sample", out, "--t", 0.5, "--n", 5, "--out", tmp_path / "s.csv"), "knows only its two ends")
+    fails(run("sample", out, "--t", 0.5, "--n", 5, "--out", tmp_path / "s.csv"), "reference=sbot.Brownian()")
     for option in (["--gaussian"], ["--cost", "l1"]):
         command = ("solve", *paths[:2], "--cost-matrix", paths[2], "--eps", 0.5, "--out", out, *option)
         fails(run(*command), "--cost-matrix excludes " + option[0])

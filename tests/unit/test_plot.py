@@ -95,7 +95,7 @@ def main_axes(figure: Figure) -> Axes:
 def test_every_kind_draws_or_says_why_not(name: str, kind: str) -> None:
     bridge = make(name)
     if kind not in DRAWABLE[name]:
-        with pytest.raises(sbot.Unsupported, match=r"solve with reference=|draw '|solve one alone"):
+        with pytest.raises(sbot.Unsupported, match=r"reference=sbot\.Brownian\(\)|draw '|solve one alone"):
             plot.draw(bridge, kind, **options(kind))
         return
     figure = plot.draw(bridge, kind, **options(kind))
