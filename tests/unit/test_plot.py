@@ -79,7 +79,6 @@ def options(kind: str) -> dict[str, object]:
 
 
 def words(figure: Figure) -> str:
-    figure.draw_without_rendering()
     return " ".join(text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text")))
 
 
