@@ -198,7 +198,10 @@ class Bridge(ABC):
     def marginal(self, t: float) -> Measure:
         """The law of ``X_t`` as a measure."""
         time = self._time(t)
-        return Sampler(lambda n, generator: self.interpolate(time, n, generator=generator))
+        like = torch.empty(0, dtype=self.problem.result_dtype, device=self.problem.device)
+        return Sampler(
+            lambda n, generator: self.interpolate(time, n, generator=generator), self.problem.mu.event_shape, like=like
+        )
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the bridge to a safetensors file, atomically; `sbot.load` reads it."""

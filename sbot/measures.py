@@ -318,6 +318,7 @@ class Sampler(Measure):
     ----------
     draw : ``draw(n, generator) -> (n, *event)``; every draw is checked for shape, the first also for dtype and NaN.
     event_shape : shape of one sample; read off the first draw when not given.
+    like : a tensor with the dtype and device of the draws; the draw that checks them at the start is then spared.
 
     Raises
     ------
@@ -331,11 +332,15 @@ class Sampler(Measure):
     torch.Size([3, 2])
     """
 
-    def __init__(self, draw: Draw, event_shape: tuple[int, ...] | None = None) -> None:
+    def __init__(self, draw: Draw, event_shape: tuple[int, ...] | None = None, *, like: Tensor | None = None) -> None:
         if not callable(draw):
             raise InvalidProblem(f"draw must be a function draw(n, generator), not {type(draw).__name__}")
         self._draw = draw
         self.batch_shape = ()
+        if like is not None:  # a draw of our own, known already: nothing is drawn before it is asked for
+            self.event_shape = tuple(event_shape or ())
+            self.source_dtype, self.dtype, self.device = like.dtype, compute_dtype(like.dtype), like.device
+            return
         first = self._checked(draw(2, None), 2, None if event_shape is None else tuple(event_shape))
         require_finite(first, "the first draw of the sampler")
         self.event_shape = tuple(first.shape[1:])

@@ -348,6 +348,7 @@ def test_no_global_state_is_touched(generator):
     before = state()
     bridge = sbot.solve_bridge(x.float(), y.float(), 0.1)
     bridge.sample_paths(5, [0.0, 0.5], generator=generator)
+    assert bridge.marginal(0.5).sample(3, generator=generator).shape == (3, 2)
     with pytest.raises(sbot.InvalidProblem):
         sbot.solve_bridge(x, y, -1)
     assert state() == before
