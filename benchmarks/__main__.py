@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
 import torch
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from . import large as large_problem
@@ -17,23 +20,38 @@ out_option = click.option(
 )
 
 
-@click.group(help=__doc__)
+@click.group()
 def main() -> None:
-    torch.set_num_threads(2)
+    """Benchmarks of sbot; each writes its results to a folder."""
+
+
+@contextmanager
+def threads_for_all(count: int) -> Iterator[None]:
+    """The same number of threads for PyTorch and for NumPy's linear algebra, and the caller's numbers back after."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        with threadpool_limits(count):
+            yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @main.command()
 @click.option("--quick", is_flag=True, help="A few cells, to see that it runs.")
 @click.option("--seed", default=0, show_default=True)
+@click.option("--threads", default=1, show_default=True, help="For every library; POT's half-steps use one.")
 @out_option
-def pot(quick: bool, seed: int, out: Path) -> None:
+def pot(quick: bool, seed: int, threads: int, out: Path) -> None:
     """Plans, potentials and values of sbot and POT on the same problems (the full grid takes some minutes)."""
     out.mkdir(parents=True, exist_ok=True)
     cells = run.pot_cells(quick, seed)
-    rows = list(tqdm(run.compare(cells), total=len(cells), desc="compare"))
-    times = list(tqdm(run.time_all(run.timed_cells(quick, seed)), desc="time"))
-    env = report.environment()
-    settings = {"seed": seed, "tolerance": run.TOLERANCE, "seconds for POT": run.SECONDS, "quick": quick}
+    with threads_for_all(threads):
+        rows = list(tqdm(run.compare(cells), total=len(cells), desc="compare"))
+        times = list(tqdm(run.time_all(run.timed_cells(quick, seed)), desc="time"))
+        env = report.environment()
+    tolerances = " and ".join(f"{tol:g} in {dtype}" for dtype, tol in run.TOLERANCE.items())
+    settings = {"seed": seed, "tolerance": tolerances, "seconds for POT": run.SECONDS, "quick": quick}
     report.write_csv(out / "pot.csv", rows)
     report.write_json(out / "pot.json", {"environment": env, "settings": settings, "times": times})
     (out / "pot.md").write_text(report.pot_page(rows, times, env, settings), encoding="utf-8")
@@ -45,12 +63,14 @@ def pot(quick: bool, seed: int, out: Path) -> None:
 @click.option("--n", default=50_000, show_default=True, help="Points on each side.")
 @click.option("--ratio", default=0.05, show_default=True, help="eps over the mean cost.")
 @click.option("--seed", default=0, show_default=True)
+@click.option("--threads", default=2, show_default=True)
 @out_option
-def large(n: int, ratio: float, seed: int, out: Path) -> None:
+def large(n: int, ratio: float, seed: int, threads: int, out: Path) -> None:
     """One streamed problem in dimension 3, float32: seconds, and memory above the inputs (some minutes)."""
     out.mkdir(parents=True, exist_ok=True)
-    env = report.environment()
-    result = large_problem.measure(n, 3, ratio, seed, torch.get_num_threads())
+    with threads_for_all(threads):
+        env = report.environment()
+    result = large_problem.measure(n, 3, ratio, seed, threads)
     report.write_json(out / "large.json", {"environment": env, "seed": seed, "result": result})
     page = large_problem.page(result, report.preamble(env, {"seed": seed}))
     (out / "large.md").write_text(page, encoding="utf-8")

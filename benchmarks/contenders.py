@@ -71,7 +71,7 @@ def _answer(name: str, task: Task, plan: Array, duals: tuple[Array, Array], tol:
 # ---- sbot ------------------------------------------------------------------------------------------------------------
 
 
-def sbot_sinkhorn(task: Task, tol: float, seconds: float, max_iter: int = 100_000) -> Answer:
+def sbot_sinkhorn(task: Task, tol: float, seconds: float, max_iter: int = 50_000) -> Answer:
     """`sbot.solve_bridge`; the clock is not looked at, the number of iterations is bounded."""
     a, b, x, y = (torch.from_numpy(part) for part in (task.a, task.b, task.x, task.y))
     cost = SBOT_COSTS.get(task.cell.cost)

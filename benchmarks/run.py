@@ -36,8 +36,10 @@ def pot_cells(quick: bool, seed: int) -> list[Cell]:
     spaces = [(cost, d) for cost in COSTS for d in (1, 2, 50) if cost != "matrix" or d == 1]
     small = itertools.product(spaces, WEIGHTS, KINDS, RATIOS, TOLERANCE)
     cells = [Cell(48, 36, d, cost, w, kind, ratio, dtype, seed) for (cost, d), w, kind, ratio, dtype in small]
-    sizes = itertools.product([(20, 90), (200, 150), (400, 400)], ("uniform", "random"), KINDS, RATIOS, TOLERANCE)
-    return cells + [Cell(n, m, 2, "quadratic", w, kind, ratio, dtype, seed) for (n, m), w, kind, ratio, dtype in sizes]
+    sizes = itertools.product([(20, 90), (200, 150), (300, 300)], KINDS, RATIOS, TOLERANCE)
+    return cells + [
+        Cell(n, m, 2, "quadratic", "random", kind, ratio, dtype, seed) for (n, m), kind, ratio, dtype in sizes
+    ]
 
 
 def timed_cells(quick: bool, seed: int) -> list[Cell]:
