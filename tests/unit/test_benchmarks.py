@@ -163,16 +163,8 @@ def test_the_report_names_who_is_wrong():
         1e-13,
     )
     row |= {"dtype": "float64", "kind": "balanced", "ratio": 0.1, "status_sbot": "converged", "status_pot": "converged"}
-    row |= {
-        "cost": "l1",
-        "d": 2,
-        "n": 4,
-        "m": 5,
-        "weights": "random",
-        "mean_cost": 2.0,
-        "note_sbot": "",
-        "note_pot": "",
-    }
+    row |= {"cost": "l1", "d": 2, "n": 4, "m": 5, "weights": "random", "mean_cost": 2.0, "tolerance": 1e-12}
+    row |= {"note_sbot": "", "note_pot": "", "solver_pot": "POT sinkhorn_log"}
     time = {"kind": "balanced", "ratio": 0.1, "contender": "sbot", "seconds": 0.1, "iterations": 3}
     time |= {"status": "converged", "error": 1e-7, "n": 10}
     env = report.environment()
