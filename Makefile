@@ -1,4 +1,4 @@
-# `make demo` and `make test` work on a fresh clone with Python 3.10+ and make.
+# `make demo` and `make test` work on a fresh clone with Python 3.11+ and make.
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= demo

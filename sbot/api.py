@@ -8,6 +8,7 @@ from typing import Any
 from . import io
 from .bridge import Bridge
 from .errors import InvalidProblem, Unsupported
+from .linalg import full_precision
 from .pack import unpack
 from .potential_bridge import PotentialBridge
 from .problem import Problem
@@ -69,8 +70,9 @@ def solve_bridge(
     tensor([[0.4967, 0.0033],
             [0.0033, 0.4967]], dtype=torch.float64)
     """
-    problem = Problem.of(mu, nu, eps, reference, cost, relax)
-    return choose_solver(problem, solver).solve(problem, init=init, progress=progress)
+    with full_precision():
+        problem = Problem.of(mu, nu, eps, reference, cost, relax)
+        return choose_solver(problem, solver).solve(problem, init=init, progress=progress)
 
 
 def choose_solver(problem: Problem, solver: str | Solver = "auto") -> Solver:
@@ -121,6 +123,8 @@ def load(path: str | PathLike[str], *, reference: Reference | None = None, cost:
     >>> sbot.load(path).cost()
     tensor(1.)
     """
+    if not isinstance(path, (str, PathLike)):
+        raise InvalidProblem(f"path is {path!r}; give the name of a file")
     given = None if reference is None and cost is None else as_reference(reference, cost)
     header, tensors = io.read(path, "bridge")
     return PotentialBridge(*unpack(header, tensors, given))

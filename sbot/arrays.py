@@ -13,6 +13,7 @@ from torch import Tensor
 from .errors import InvalidProblem
 
 HALF = (torch.float16, torch.bfloat16)
+DTYPES = (*HALF, torch.float32, torch.float64)
 
 
 def as_tensor(obj: Any, name: str, *, like: Tensor | None = None) -> Tensor:
@@ -63,6 +64,10 @@ def _from_tensor(tensor: Tensor, name: str, weak: torch.dtype) -> Tensor:
         raise InvalidProblem(f"{name} is a sparse tensor; pass {name}.to_dense()")
     if tensor.dtype.is_complex or tensor.dtype == torch.bool or tensor.is_quantized:
         raise InvalidProblem(f"{name} has dtype {tensor.dtype}, which is not real numbers; pass {name}.double()")
+    if tensor.is_nested:
+        raise InvalidProblem(f"{name} is a nested tensor; pass one problem at a time")
+    if tensor.dtype.is_floating_point and tensor.dtype not in DTYPES:
+        raise InvalidProblem(f"{name} has dtype {tensor.dtype}, which has no arithmetic; pass {name}.float()")
     if tensor.device.type == "meta":
         raise InvalidProblem(f"{name} is on the meta device and holds no numbers; pass a tensor with data")
     return tensor if tensor.dtype.is_floating_point else tensor.to(weak)
@@ -88,7 +93,10 @@ def as_number(value: Any, name: str) -> float:
         value = value.item()
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (numbers.Real, np.number)):
         raise InvalidProblem(f"{name} must be a real number, not {type(value).__name__} {value!r}; pass a float")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        raise InvalidProblem(f"{name} is beyond the range of a float; give a smaller number") from None
     if math.isnan(number):
         raise InvalidProblem(f"{name} is NaN; pass a number")
     return number
@@ -99,6 +107,34 @@ def as_count(value: Any, name: str, *, least: int = 1) -> int:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)) or value < least:
         raise InvalidProblem(f"{name} must be an integer >= {least}, not {value!r}; pass such an integer")
     return int(value)
+
+
+def as_index(obj: Any, n: int, name: str, device: torch.device) -> Tensor:
+    """Convert row or atom numbers to ``(k,)`` int64; negative ones count from the end.  `InvalidProblem` otherwise."""
+    if isinstance(obj, slice):
+        try:
+            return torch.arange(n, device=device)[obj]
+        except (TypeError, ValueError) as fault:
+            raise InvalidProblem(
+                f"{name} is {obj!r} ({fault}); give a slice of integers with a positive step"
+            ) from None
+    try:
+        index = (
+            torch.as_tensor(obj, device=device)
+            if isinstance(obj, Tensor)
+            else torch.from_numpy(np.array(obj)).to(device)
+        )
+    except (TypeError, ValueError):
+        raise InvalidProblem(f"{name} must be numbers; give a slice, an integer or a 1-D array of integers") from None
+    if index.numel() == 0:
+        index = index.flatten().long()
+    kind = index.dtype
+    if kind.is_floating_point or kind.is_complex or kind == torch.bool or index.ndim > 1:
+        raise InvalidProblem(f"{name} must be numbers; give a slice, an integer or a 1-D array of integers")
+    index = index.reshape(-1).long()
+    if len(index) and (int(index.min()) < -n or int(index.max()) >= n):
+        raise InvalidProblem(f"{name} go from {int(index.min())} to {int(index.max())} and there are {n}")
+    return index % n
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,15 +15,19 @@ import torch
 from torch import Tensor
 
 from . import io
-from .arrays import HALF, as_count, as_number, as_tensor, require_finite
+from .arrays import HALF, as_count, as_index, as_number, as_tensor, require_finite
 from .costs import MatrixCost
-from .errors import InvalidProblem, Unsupported
-from .measures import Measure, Sampler
+from .errors import InvalidProblem, NumericalError
+from .linalg import full_precision
+from .measures import Discrete, Measure, Sampler
 from .potentials import Tilted
 from .problem import Problem
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+#: Times nearer than this to an end are refused: the noise left there is beyond what a dtype can hold.
+NEAR = 1e-15
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -37,7 +42,8 @@ class Report:
     ----------
     solver : the solver as it was called.
     converged : whether ``error <= tolerance`` was reached.
-    reason : why it stopped: "tolerance", "max_iter", "stalled", or "exact".
+    reason : why it stopped: "tolerance", "max_iter", "stalled" (rounding), "precision" (the dtype
+        cannot resolve eps), or "exact".
     iterations : number of iterations (for Sinkhorn, pairs of half-steps).
     error : relative L1 error of both marginals, summed; the worst problem of a batch.
     tolerance : what was aimed at; never below what the dtype can reach.
@@ -94,6 +100,14 @@ class Potentials(NamedTuple):
     g: DualPotential
 
 
+def narrow(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast to a half precision; a number beyond its range is an error, not an infinity."""
+    out = value if not value.dtype.is_floating_point else value.to(dtype)
+    if bool((torch.isinf(out) & torch.isfinite(value)).any()):
+        raise NumericalError(f"a result is beyond the range of {dtype}; use bridge.to(dtype=torch.float32)")
+    return out
+
+
 def in_result_dtype(
     method: Callable[Concatenate[Any, P], R],
 ) -> Callable[Concatenate[Any, P], R]:
@@ -101,13 +115,14 @@ def in_result_dtype(
 
     @functools.wraps(method)
     def cast(self: Any, *args: P.args, **kwargs: P.kwargs) -> R:
-        out: Any = method(self, *args, **kwargs)
+        with full_precision():
+            out: Any = method(self, *args, **kwargs)
         dtype = self.problem.result_dtype
         if dtype not in HALF:
             return out
         if isinstance(out, tuple):
-            return tuple(part.to(dtype) for part in out)  # type: ignore[return-value]
-        return out.to(dtype) if isinstance(out, Tensor) else out  # type: ignore[return-value]
+            return tuple(narrow(part, dtype) for part in out)  # type: ignore[return-value]
+        return narrow(out, dtype) if isinstance(out, Tensor) else out  # type: ignore[return-value]
 
     return cast  # type: ignore[return-value]
 
@@ -193,14 +208,16 @@ class Bridge(ABC):
 
     def interpolate(self, t: float, n: int, *, generator: torch.Generator | None = None) -> Tensor:
         """Draw ``n`` samples of ``X_t``, ``(*b, n, d)``."""
-        return self.sample_paths(n, [t], generator=generator)[..., 0, :]
+        return self.sample_paths(n, [self._time(t)], generator=generator)[..., 0, :]
 
     def marginal(self, t: float) -> Measure:
         """The law of ``X_t`` as a measure."""
         time = self._time(t)
-        like = torch.empty(0, dtype=self.problem.result_dtype, device=self.problem.device)
         return Sampler(
-            lambda n, generator: self.interpolate(time, n, generator=generator), self.problem.mu.event_shape, like=like
+            lambda n, generator: self.interpolate(time, n, generator=generator),
+            self.problem.mu.event_shape,
+            like=torch.empty(0, dtype=self.problem.result_dtype, device=self.problem.device),
+            batch_shape=self.problem.batch_shape,
         )
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -225,11 +242,16 @@ class Bridge(ABC):
         time = as_number(t, name)
         if not 0 <= time <= 1:
             raise InvalidProblem(f"{name} is {time}; times lie in [0, 1]")
+        if 0 < time < NEAR or NEAR > 1 - time > 0:
+            raise InvalidProblem(f"{name} is {time!r}, within {NEAR:.0e} of an end; give the end itself, 0 or 1")
         return time
 
     def _times(self, times: Any) -> list[float]:
-        listed = as_tensor(times, "times", like=torch.zeros((), dtype=torch.float64)).flatten().tolist()
-        checked = [self._time(t, "times") for t in listed]
+        if not isinstance(times, (list, tuple)):
+            times = (
+                as_tensor(times, "times", like=torch.zeros((), dtype=torch.float64, device="cpu")).flatten().tolist()
+            )
+        checked = [self._time(t, "times") for t in times]
         if not checked or any(b < a for a, b in itertools.pairwise(checked)):
             raise InvalidProblem(f"times are {checked}; give at least one, in increasing order")
         return checked
@@ -238,16 +260,8 @@ class Bridge(ABC):
         """Points as the computation wants them; the numbers of atoms where the cost is a matrix."""
         p = self.problem
         if isinstance(p.cost, MatrixCost):
-            index = torch.as_tensor(x, device=p.device)
-            if index.dtype.is_floating_point or index.ndim != 1:
-                raise Unsupported(
-                    f"the cost is a matrix, known only between atoms: {name} must be 1-D atom numbers; "
-                    "for new points give points and a cost function"
-                )
-            size = p.cost.values.shape[-2 if name == "x" else -1]
-            if len(index) and (int(index.min()) < 0 or int(index.max()) >= size):
-                raise InvalidProblem(f"{name} has atom numbers from {int(index.min())} to {int(index.max())} of {size}")
-            return index
+            what = f"the cost is a matrix, known only between atoms: the atoms in {name}"
+            return as_index(x, p.cost.values.shape[-2 if name == "x" else -1], what, p.device)
         points = as_tensor(x, name, like=torch.empty((), dtype=p.dtype, device=p.device))
         if points.device != p.device:
             raise InvalidProblem(f"{name} is on {points.device} and the bridge on {p.device}; move one of them")
@@ -255,7 +269,13 @@ class Bridge(ABC):
         if points.ndim != len(want) or any(a not in (b, "n") for a, b in zip(want, points.shape, strict=True)):
             shape = "(" + ", ".join(str(size) for size in want) + ")"
             raise InvalidProblem(f"{name} has shape {tuple(points.shape)}; give {shape}")
-        return require_finite(points.to(p.dtype), name)
+        points = require_finite(points.to(p.dtype), name)
+        if points.numel() and float(points.detach().abs().max()) > math.sqrt(torch.finfo(p.dtype).max) / 2**10:
+            raise InvalidProblem(f"{name} reaches so far that its square overflows {p.dtype}; rescale, or use float64")
+        if isinstance(p.mu, Discrete) and isinstance(p.nu, Discrete):
+            sites = p.sites
+            p.cost.check(points if name == "x" else sites[0], points if name == "y" else sites[1])
+        return points
 
     @staticmethod
     def _count(n: Any) -> int:

@@ -151,15 +151,21 @@ class Cosine(Cost):
         return _square_distances(*self.embed(x, y)).to(x.dtype)
 
     def embed(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return x / x.norm(dim=-1, keepdim=True), y / y.norm(dim=-1, keepdim=True)
+        return _direction(x), _direction(y)
 
     def check(self, x: Tensor, y: Tensor) -> None:
         for name, points in (("mu", x), ("nu", y)):
-            if bool((points.norm(dim=-1) == 0).any()):
+            if bool((points == 0).all(-1).any()):
                 raise InvalidProblem(f"{name} has a point at the origin, where Cosine() is not defined; drop it")
 
     def __repr__(self) -> str:
         return "Cosine()"
+
+
+def _direction(x: Tensor) -> Tensor:
+    # scaled first: the square of a large norm overflows, that of a small one underflows
+    x = x / x.abs().amax(-1, keepdim=True).detach()
+    return x / x.norm(dim=-1, keepdim=True)
 
 
 @final
@@ -228,11 +234,16 @@ class CallableCost(Cost):
         self.function = function
 
     def matrix(self, x: Tensor, y: Tensor) -> Tensor:
-        values = self.function(x, y)
+        try:
+            values = self.function(x, y)
+        except TypeError as fault:
+            raise InvalidProblem(f"the cost function failed ({fault}); it is called as cost(x, y)") from fault
         want = (*x.shape[:-1], y.shape[-2])
         if not isinstance(values, Tensor) or tuple(values.shape) != want:
             got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
             raise InvalidProblem(f"the cost function returned {got}; return a tensor of shape {want}")
+        if not values.dtype.is_floating_point:
+            raise InvalidProblem(f"the cost function returned {values.dtype}; return floating numbers")
         return values.to(x.dtype)
 
     def check(self, x: Tensor, y: Tensor) -> None:

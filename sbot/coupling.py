@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from . import linalg
-from .errors import InvalidProblem, Unsupported
+from .arrays import as_index
+from .errors import Unsupported
 from .gaussian import GaussianPlan, couple
 from .kernels import LogKernel, make_kernel, require_memory
 from .measures import Discrete, Gaussian, Measure
@@ -88,7 +89,7 @@ class DiscreteCoupling(Coupling):
         left, right = self._logs
         kernel: LogKernel
         if rows is not None:
-            index = as_rows(rows, self._mu.n, left.device)
+            index = as_index(rows, self._mu.n, "rows", left.device)
             left = left[..., index]
             cost = self.problem.cost
             x = x[index] if not x.dtype.is_floating_point else x[..., index, :]
@@ -106,6 +107,10 @@ class DiscreteCoupling(Coupling):
     @property
     def ends(self) -> tuple[Measure, Measure]:
         a, b = self.target_marginals()
+        if bool((a.sum(-1) <= 0).any()) or bool((b.sum(-1) <= 0).any()):
+            raise Unsupported(
+                "the plan has no mass left to draw from or to look at; raise relax or bring the points nearer"
+            )
         return Discrete(self._mu.points, a), Discrete(self._nu.points, b)
 
     def target_marginals(self) -> tuple[Tensor, Tensor]:
@@ -128,7 +133,8 @@ class DiscreteCoupling(Coupling):
         """
         eps, (rho_a, rho_b) = self.eps, self.problem.relax
         a, b = self._mu.weights, self._nu.weights
-        f, g = self.dual_values()
+        # an atom of zero weight that no pair reaches has an infinite potential and no part in the value
+        f, g = (torch.where(torch.isfinite(part), part, 0.0) for part in self.dual_values())
         x, y = self.problem.sites
         lse = make_kernel(self.problem.cost, x, y).reduce(self._logs[1], eps)[0]
         density = torch.exp(f / eps + lse)  # row sums of P over a
@@ -164,7 +170,8 @@ class DiscreteCoupling(Coupling):
         """``eps KL(P' | P)`` with P' feasible, plus ``rho KL(P' 1 | a e^{-f / rho})`` where a marginal is relaxed.
 
         This is the objective of P' minus the dual, term by term non-negative.  P' is the rounding of Altschuler, Weed and
-        Rigollet (2017): rows and columns scaled down to their marginals, then a rank-one correction.
+        Rigollet (2017): rows and columns scaled down to their marginals, then a rank-one correction; it is infinite
+        where that correction has to use a forbidden pair.
         """
         eps, (rho_a, rho_b) = self.eps, self.problem.relax
         kernel = self._kernel()
@@ -222,20 +229,6 @@ def dual_term(f: Tensor, rho: float) -> Tensor:
     return f if math.isinf(rho) else -rho * torch.expm1(-f / rho)
 
 
-def as_rows(rows: Any, n: int, device: torch.device) -> Tensor:
-    """Row numbers as an index tensor."""
-    if isinstance(rows, slice):
-        return torch.arange(n, device=device)[rows]
-    index = torch.as_tensor(rows, device=device)
-    if index.ndim == 0:
-        index = index[None]
-    if index.dtype.is_floating_point or index.dtype == torch.bool or index.ndim != 1:
-        raise InvalidProblem("rows must be row numbers; give a slice, an integer, or a 1-D array of integers")
-    if len(index) and (int(index.min()) < -n or int(index.max()) >= n):
-        raise InvalidProblem(f"rows go from {int(index.min())} to {int(index.max())} and the plan has {n}")
-    return index % n
-
-
 @final
 class GaussianCoupling(Coupling):
     """The plan between two Gaussians, itself a Gaussian on ``R^{2d}``."""
@@ -244,7 +237,11 @@ class GaussianCoupling(Coupling):
         mu, nu, reference = problem.mu, problem.nu, problem.reference
         assert isinstance(mu, Gaussian) and isinstance(nu, Gaussian) and isinstance(reference, LinearReference)
         self.problem, self._mu, self._nu, self._reference = problem, mu, nu, reference
-        self.pieces: GaussianPlan = couple(mu, nu, reference, problem.eps)
+
+    @property
+    def pieces(self) -> GaussianPlan:
+        """Computed anew each time: each caller gets a graph of its own to differentiate."""
+        return couple(self._mu, self._nu, self._reference, self.problem.eps)
 
     def plan(self, rows: Any = None) -> Gaussian:
         if rows is not None:
@@ -258,7 +255,8 @@ class GaussianCoupling(Coupling):
         return self._mu, self._nu
 
     def cost(self) -> Tensor:
-        return self.pieces.linear_cost + self.problem.eps * self.pieces.information
+        pieces = self.pieces
+        return pieces.linear_cost + self.problem.eps * pieces.information
 
     def linear_cost(self) -> Tensor:
         return self.pieces.linear_cost

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import linalg
+from .errors import NumericalError
 from .measures import Gaussian
 from .reference import LinearReference
 
@@ -59,6 +60,8 @@ def couple(mu: Gaussian, nu: Gaussian, reference: LinearReference, eps: float) -
     gap = ((nu.mean - landing)[..., None, :] @ whiten)[..., 0, :]
     trace = (s + t - 2 * cross).diagonal(dim1=-2, dim2=-1).sum(-1)
     eye = torch.eye(d, dtype=s.dtype, device=s.device)
+    if not bool(torch.isfinite(trace + gap.square().sum(-1) + cross.sum((-2, -1))).all()):
+        raise NumericalError(f"the plan overflows {s.dtype}; rescale the measures (and eps with them) or use float64")
     precision = linalg.symmetrise(whiten @ whiten)
     return GaussianPlan(
         cross=back @ spread @ cross @ spread,

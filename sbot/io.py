@@ -62,7 +62,8 @@ def read(path: str | PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str
     meta = _metadata(path, data)
     if meta.get("format") != FORMAT:
         raise InvalidFile(f"{path} is not an sbot file; save one with bridge.save(path)")
-    if not str(meta.get("version")).isdigit() or int(meta["version"]) > VERSION:
+    version = str(meta.get("version"))
+    if not (version.isascii() and version.isdigit()) or int(meta["version"]) > VERSION:
         raise InvalidFile(
             f"{path} has format version {meta.get('version')!r} and this release reads up to {VERSION}; upgrade sbot"
         )

@@ -18,16 +18,26 @@ from torch import Tensor
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Keep float32 products in float32: no TF32 and no bfloat16 inside, the caller's setting restored after."""
-    before = torch.get_float32_matmul_precision()
-    if before == "highest":
-        yield
-        return
-    torch.set_float32_matmul_precision("highest")
+    """Keep products in their dtype: no TF32, no bfloat16 and no autocast inside; the caller's settings are restored.
+
+    The switches of torch are process-wide: a thread that wants TF32 elsewhere does not get it while another is in here.
+    """
+    switches: list[Any] = [
+        matmul
+        for matmul in (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+        if hasattr(matmul, "fp32_precision")
+    ]
+    before = [switch.fp32_precision for switch in switches]
+    for switch, value in zip(switches, before, strict=True):
+        if value not in ("none", "ieee"):
+            switch.fp32_precision = "ieee"
     try:
-        yield
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for switch, value in zip(switches, before, strict=True):
+            if switch.fp32_precision != value:
+                switch.fp32_precision = value
 
 
 class _SqrtPSD(torch.autograd.Function):
@@ -58,7 +68,7 @@ def sqrtm(matrix: Tensor) -> Tensor:
 
 def symmetrise(matrix: Tensor) -> Tensor:
     """``(M + M') / 2``."""
-    return (matrix + matrix.mT) / 2
+    return matrix / 2 + matrix.mT / 2
 
 
 def cholesky(cov: Tensor) -> Tensor | None:

@@ -61,7 +61,7 @@ def joined(parts: list[Transitions]) -> Transitions:
 def block(a: Tensor, b: Tensor, noise: Tensor) -> Tensor:
     """The Van Loan matrix of ``A``, ``b`` and ``B B'``, ``(2 d + 1, 2 d + 1)``."""
     d = max(a.shape[-1] if a.ndim else 1, b.shape[-1] if b.ndim else 1, noise.shape[-1] if noise.ndim else 1)
-    out = torch.zeros(2 * d + 1, 2 * d + 1, dtype=torch.float64)
+    out = torch.zeros(2 * d + 1, 2 * d + 1, dtype=torch.float64, device="cpu")
     out[:d, :d] = linalg.matrix(a, d)
     out[:d, d : 2 * d] = linalg.matrix(noise, d)
     out[:d, 2 * d] = b
@@ -102,7 +102,7 @@ def _relative(new: Tensor, old: Tensor) -> float:
 def _magnus(generator: Callable[[float], Tensor], s: float, t: float, steps: int) -> Transitions:
     h = (t - s) / steps
     first, middle, last = (
-        torch.stack([generator(s + (k + node) * h) for k in range(steps)])
+        _stacked([generator(s + (k + node) * h) for k in range(steps)])
         for node in (0.5 - math.sqrt(15) / 10, 0.5, 0.5 + math.sqrt(15) / 10)
     )
     a1 = middle * h
@@ -112,6 +112,15 @@ def _magnus(generator: Callable[[float], Tensor], s: float, t: float, steps: int
     c2 = _commutator(a1, 2 * a3 + c1) / -60
     omega = a1 + a3 / 12 + _commutator(-20 * a1 - a3 + c1, a2 + c2) / 240
     return _read(torch.linalg.matrix_exp(omega))
+
+
+def _stacked(blocks: list[Tensor]) -> Tensor:
+    sizes = {block.shape[-1] // 2 for block in blocks}
+    if len(sizes) > 1:
+        raise InvalidProblem(
+            f"the coefficients of the reference have dimensions {sorted(sizes)} at different times; give one"
+        )
+    return torch.stack(blocks)
 
 
 def _read(flow: Tensor) -> Transitions:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch import distributions as td
 
 from . import linalg
-from .arrays import as_count, as_tensor, compute_dtype, require_finite
+from .arrays import DTYPES, as_count, as_tensor, compute_dtype, require_finite
 from .errors import InvalidProblem, Unsupported
 
 Draw = Callable[[int, torch.Generator | None], Tensor]
@@ -93,11 +93,12 @@ class Discrete(Measure):
         self.source_dtype = given[0] if len(given) == 1 else torch.promote_types(*given)
         dtype = compute_dtype(self.source_dtype)
         if p is not None:
-            p = require_finite(_check_points(p, name).to(dtype), f"{name} points")
+            # a copy of its own: points changed later do not change the bridge
+            p = require_finite(_check_points(p, name).to(dtype), f"{name} points").clone()
         if w is None:
             assert p is not None
             w = torch.full(p.shape[:-1], 1 / p.shape[-2], dtype=dtype, device=p.device)
-        self.points, self.weights = p, _check_weights(w.to(dtype), p, name)
+        self.points, self.weights = p, _check_weights(w.to(dtype), p, name).clone()
         self.batch_shape, self.event_shape = tuple(self.weights.shape[:-1]), () if p is None else (p.shape[-1],)
         self.dtype, self.device = dtype, self.weights.device
 
@@ -175,7 +176,8 @@ def _check_cov(cov: Tensor, d: int, name: str) -> Tensor:
         raise InvalidProblem(
             f"{name} covariance is not symmetric (off by {float(skew.max()):.3g}); pass (S + S.T) / 2 if that is meant"
         )
-    cov = linalg.symmetrise(cov)
+    if bool((skew > 0).any()):
+        cov = linalg.symmetrise(cov)
     values, vectors = torch.linalg.eigh(cov.detach())
     rounding = 1e-8 if cov.dtype == torch.float64 else 1e-6
     if bool((values[..., 0] < -rounding * plain.diagonal(dim1=-2, dim2=-1).sum(-1).abs()).any()):
@@ -244,6 +246,9 @@ class Gaussian(Measure):
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log-density at ``x`` ``(*b, n, d)``; raises `Unsupported` where the covariance is singular."""
+        x = as_tensor(x, "x", like=self.mean).to(self.mean)
+        if x.ndim < 2 or x.shape[-1] != self.event_shape[0]:
+            raise InvalidProblem(f"x has shape {tuple(x.shape)}; give (n, {self.event_shape[0]})")
         factor = linalg.cholesky(self.cov)
         if factor is None:
             raise Unsupported("a Gaussian with singular covariance has no density; add a little to its diagonal")
@@ -299,6 +304,7 @@ class Mixture(Measure):
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log-density at ``x`` ``(n, d)``."""
+        x = as_tensor(x, "x", like=self.logits)
         each = self.components.log_prob(x.expand(len(self.logits), *x.shape))
         return (self.logits.log_softmax(0)[:, None] + each).logsumexp(0)
 
@@ -319,6 +325,7 @@ class Sampler(Measure):
     draw : ``draw(n, generator) -> (n, *event)``; every draw is checked for shape, the first also for dtype and NaN.
     event_shape : shape of one sample; read off the first draw when not given.
     like : a tensor with the dtype and device of the draws; the draw that checks them at the start is then spared.
+    batch_shape : leading batch dimensions of the draws; with ``like`` only.
 
     Raises
     ------
@@ -332,11 +339,20 @@ class Sampler(Measure):
     torch.Size([3, 2])
     """
 
-    def __init__(self, draw: Draw, event_shape: tuple[int, ...] | None = None, *, like: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        draw: Draw,
+        event_shape: tuple[int, ...] | None = None,
+        *,
+        like: Tensor | None = None,
+        batch_shape: tuple[int, ...] = (),
+    ) -> None:
         if not callable(draw):
             raise InvalidProblem(f"draw must be a function draw(n, generator), not {type(draw).__name__}")
+        if event_shape is not None and not isinstance(event_shape, (tuple, list)):
+            raise InvalidProblem(f"event_shape is {event_shape!r}; give a tuple such as (2,)")
         self._draw = draw
-        self.batch_shape = ()
+        self.batch_shape = batch_shape
         if like is not None:  # a draw of our own, known already: nothing is drawn before it is asked for
             self.event_shape = tuple(event_shape or ())
             self.source_dtype, self.dtype, self.device = like.dtype, compute_dtype(like.dtype), like.device
@@ -350,10 +366,13 @@ class Sampler(Measure):
     @classmethod
     def from_dataset(cls, dataset: Any) -> Sampler:
         """Draw with replacement from a map-style dataset whose items are tensors (or tuples that start with one)."""
+        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or len(dataset) == 0:
+            raise InvalidProblem("the dataset is empty or has no length; give a map-style dataset, or use from_loader")
         size = len(dataset)
 
         def draw(n: int, generator: torch.Generator | None) -> Tensor:
-            index = torch.randint(size, (n,), generator=generator).tolist()
+            device = "cpu" if generator is None else generator.device
+            index = torch.randint(size, (n,), generator=generator, device=device).tolist()
             return torch.stack([torch.as_tensor(_first(dataset[i])) for i in index])
 
         return cls(draw)
@@ -361,8 +380,17 @@ class Sampler(Measure):
     @classmethod
     def from_loader(cls, loader: Iterable[Any]) -> Sampler:
         """Draw consecutive samples from a loader of batches, starting it again when it ends; the loader shuffles."""
+        if not hasattr(loader, "__iter__"):
+            raise InvalidProblem(
+                f"the loader is {type(loader).__name__}; give something that yields batches (n, *event)"
+            )
         stream = _endless(loader)
-        rest: list[Tensor] = []
+        first = torch.as_tensor(_first(next(stream)))
+        if first.ndim < 2 or first.dtype not in DTYPES:
+            raise InvalidProblem(
+                f"the loader yields {tuple(first.shape)}, {first.dtype}; give floating batches (n, *event)"
+            )
+        rest = [require_finite(first, "the first batch of the loader")]
 
         def draw(n: int, generator: torch.Generator | None) -> Tensor:
             parts, have = list(rest), sum(len(part) for part in rest)
@@ -373,15 +401,19 @@ class Sampler(Measure):
             rest[:] = [batch[n:]] if have > n else []
             return batch[:n]
 
-        return cls(draw)
+        return cls(draw, tuple(first.shape[1:]), like=first)
 
     def _checked(self, draw: Any, n: int, event: tuple[int, ...] | None) -> Tensor:
         if not isinstance(draw, Tensor):
             raise InvalidProblem(f"the sampler returned {type(draw).__name__}; return a torch tensor (n, *event)")
-        if draw.ndim < 2 or draw.shape[0] != n or (event is not None and draw.shape[1:] != event):
+        if self.batch_shape:
+            fits = tuple(draw.shape) == (*self.batch_shape, n, *(event or ()))
+        else:
+            fits = draw.ndim >= 2 and draw.shape[0] == n and (event is None or tuple(draw.shape[1:]) == event)
+        if not fits:
             want = "(n, d)" if event is None else str((n, *event))
             raise InvalidProblem(f"the sampler returned shape {tuple(draw.shape)} for n = {n}; return {want}")
-        if not draw.dtype.is_floating_point:
+        if draw.dtype not in DTYPES:
             raise InvalidProblem(f"the sampler returned dtype {draw.dtype}; return floating numbers")
         return draw
 
@@ -392,7 +424,13 @@ class Sampler(Measure):
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Sampler:
         inner = self._draw
-        return Sampler(lambda n, generator: inner(n, generator).to(dtype=dtype, device=device), self.event_shape)
+        like = torch.empty(0, dtype=dtype or self.source_dtype, device=device or self.device)
+        return Sampler(
+            lambda n, generator: inner(n, generator).to(like),
+            self.event_shape,
+            like=like,
+            batch_shape=self.batch_shape,
+        )
 
     def __repr__(self) -> str:
         return f"Sampler(event_shape={self.event_shape}, {self.dtype})"
@@ -418,8 +456,8 @@ def _seeded(distribution: td.Distribution) -> Draw:
     def draw(n: int, generator: torch.Generator | None) -> Tensor:
         if generator is None:
             return distribution.sample((n,))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))
+        with torch.random.fork_rng():
+            torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator, device=generator.device)))
             return distribution.sample((n,))
 
     return draw
@@ -457,6 +495,10 @@ def as_measure(obj: Any, name: str = "mu", *, histogram: int = 0) -> Measure:
         return _from_distribution(obj)
     if isinstance(obj, torch.utils.data.DataLoader):
         return Sampler.from_loader(obj)
+    if isinstance(obj, torch.utils.data.IterableDataset):
+        raise InvalidProblem(
+            f"{name} is an iterable dataset; give sbot.Sampler.from_loader(DataLoader({name}, batch_size))"
+        )
     if isinstance(obj, torch.utils.data.Dataset):
         return Sampler.from_dataset(obj)
     if isinstance(obj, tuple) and len(obj) == 2 and not isinstance(obj[0], numbers.Real):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import linalg
-from .arrays import compute_dtype
+from .arrays import DTYPES, compute_dtype
 from .bridge import Bridge, DualPotential, Potentials, Report, in_result_dtype
 from .costs import MatrixCost
 from .coupling import Coupling, DiscreteCoupling, GaussianCoupling, damping
@@ -202,8 +202,8 @@ class PotentialBridge(Bridge):
     # ---- keeping ---------------------------------------------------------------------------------------------------
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> PotentialBridge:
-        if dtype is not None and not dtype.is_floating_point:
-            raise InvalidProblem(f"dtype is {dtype}; give a floating dtype")
+        if dtype is not None and dtype not in DTYPES:
+            raise InvalidProblem(f"dtype is {dtype!r}; give torch.float64, float32, float16 or bfloat16")
         inner = None if dtype is None else compute_dtype(dtype)
         return PotentialBridge(
             replace(

@@ -125,9 +125,16 @@ class TiltedAtoms(Tilted):
     def mean(self) -> Tensor:
         if self._psi.values is None:
             raise Unsupported("the bins of a histogram have no mean; give points with the cost matrix, or use plan()")
-        mean = self._kernel.reduce(self._psi.log_weights, self._eps, self._psi.values)[1]
+        lse, mean = self._kernel.reduce(self._psi.log_weights, self._eps, self._psi.values)
         assert mean is not None
+        self._require_reach(lse)
         return mean
+
+    @staticmethod
+    def _require_reach(lse: Tensor) -> None:
+        if bool((lse == -torch.inf).any()):
+            where = torch.nonzero(lse == -torch.inf)[0].tolist()
+            raise Unsupported(f"from place {where} every pair is forbidden (+inf); ask at places that reach an atom")
 
     @property
     def score(self) -> Tensor:
@@ -143,6 +150,7 @@ class TiltedAtoms(Tilted):
         return logits.softmax(-1)
 
     def sample(self, *, generator: torch.Generator | None = None) -> Tensor:
+        self._require_reach(self.log_mass)
         with torch.no_grad():
             draws = [
                 categorical(self._psi.log_weights[..., None, :] - self._kernel.entries(rows) / self._eps, 1, generator)

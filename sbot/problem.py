@@ -68,6 +68,11 @@ class Problem:
         a, b = (m if m.dtype == dtype else m.to(dtype=dtype) for m in (a, b))
         if isinstance(charge, MatrixCost) and charge.values.dtype != dtype:
             ref = Static(MatrixCost(charge.values.to(dtype)))
+        least = 4 / torch.finfo(dtype).max
+        if not least < epsilon < 1 / least:
+            raise InvalidProblem(
+                f"eps is {epsilon}, outside the range of {dtype}; rescale the points and eps, or use float64"
+            )
         problem = cls(a, b, epsilon, ref, rho, result, tuple(notes))
         problem._check_shapes()
         coarsest = max(torch.finfo(source).eps for source in sources)
@@ -116,12 +121,15 @@ class Problem:
         reference = self.reference
         if isinstance(self.cost, MatrixCost):
             reference = Static(MatrixCost(self.cost.values.to(dtype=dtype, device=device)))
-        return replace(
+        moved = replace(
             self,
             mu=self.mu.to(dtype=dtype, device=device),
             nu=self.nu.to(dtype=dtype, device=device),
             reference=reference,
         )
+        # what was equal in the old dtype is made equal in the new one
+        coarsest = max(torch.finfo(self.dtype).eps, torch.finfo(moved.dtype).eps)
+        return moved._balance(coarsest) if self.relax == (INF, INF) else moved
 
     # ---- checks ----------------------------------------------------------------------------------------------------
 
@@ -179,11 +187,13 @@ class Problem:
         if not isinstance(self.mu, Discrete) or not isinstance(self.nu, Discrete):
             return self
         a, b = self.mu.weights.detach().double().sum(-1), self.nu.weights.detach().double().sum(-1)
-        worst = float(((a - b).abs() / torch.maximum(a, b)).max())
+        apart = ((a - b).abs() / torch.maximum(a, b)).flatten()
+        k, worst = int(apart.argmax()), float(apart.max())
+        which = f" in problem {k} of the batch" if self.batch_shape else ""
         if worst > (1e-8 if rounding < 1e-8 else 1e-5 if rounding < 1e-5 else 1e-2):
             raise InvalidProblem(
-                f"sum(mu) = {float(a.flatten()[0]):.9g} and sum(nu) = {float(b.flatten()[0]):.9g}: a balanced problem needs "
-                "equal masses; normalise the weights, or relax the marginals: relax=(rho_mu, rho_nu)"
+                f"sum(mu) = {float(a.flatten()[k]):.9g} and sum(nu) = {float(b.flatten()[k]):.9g}{which}: a balanced problem "
+                "needs equal masses; normalise the weights, or relax the marginals: relax=(rho_mu, rho_nu)"
             )
         if worst <= 4 * torch.finfo(self.dtype).eps:
             return self  # as equal as sums get

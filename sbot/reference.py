@@ -145,7 +145,7 @@ class Static(Reference):
     def push_forward(self, phi: Potential, t: float, y: Tensor, eps: float) -> tuple[Tilted, Tensor]:
         back = self._cost.T if isinstance(self._cost, MatrixCost) else _Reversed(self._cost)
         tilted = self._weigh(phi, t == 1, y, back, eps)
-        return tilted, torch.zeros((), dtype=torch.float64)
+        return tilted, _scalar(0.0)
 
     @staticmethod
     def _weigh(potential: Potential, at_end: bool, x: Tensor, cost: Cost, eps: float) -> Tilted:
@@ -229,6 +229,10 @@ class LinearReference(Reference):
         if d is None:
             raise InvalidProblem("a process needs points; give the cost matrix (cost=M) of the two histograms instead")
         step = self.transition(0.0, 1.0)
+        if not bool(torch.isfinite(step.phi).all() and torch.isfinite(step.cov).all()):
+            raise InvalidProblem("the reference overflows on [0, 1]; give smaller coefficients")
+        if not float(linalg.logdet(step.phi, d)) > -200 * d:
+            raise InvalidProblem("the reference forgets where it started by t = 1; give it less drift")
         for part in (step.phi, step.cov):
             if part.ndim and part.shape[-1] != d:
                 raise InvalidProblem(
@@ -242,7 +246,7 @@ class LinearReference(Reference):
 
 
 def _scalar(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64)
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 @final
@@ -291,8 +295,8 @@ class OrnsteinUhlenbeck(LinearReference):
 
     def __init__(self, rate: float, mean: Any = 0.0) -> None:
         self.rate = as_number(rate, "rate")
-        if not math.isfinite(self.rate):
-            raise InvalidProblem(f"rate is {self.rate}; give a finite number")
+        if not abs(self.rate) <= 100:
+            raise InvalidProblem(f"rate is {self.rate}; beyond 100 the two ends forget each other: give a smaller one")
         self.mean = require_finite(as_tensor(mean, "mean", like=_scalar(0.0)).detach().double().cpu(), "mean")
         if self.mean.ndim > 1:
             raise InvalidProblem(f"mean has shape {tuple(self.mean.shape)}; give a number or (d,)")
@@ -379,15 +383,17 @@ class LinearSDE(LinearReference):
         return a, b, linalg.compose(noise, linalg.transpose(noise))
 
     def transition(self, s: float, t: float) -> Affine:
-        key = (s, t)
-        if key not in self._cache:
-            if len(self._cache) >= 256:
-                self._cache.pop(next(iter(self._cache)))
-            parts = self._transition(s, t)
-            phi, shift, cov = parts.phi[0], parts.shift[0], parts.cov[0]
-            scalar = all(part.ndim == 0 for part in self.coefficients(t))
-            self._cache[key] = Affine(phi[0, 0], shift[0], cov[0, 0]) if scalar else Affine(phi, shift, cov)
-        return self._cache[key]
+        known = self._cache.get((s, t))
+        if known is not None:
+            return known
+        parts = self._transition(s, t)
+        phi, shift, cov = parts.phi[0], parts.shift[0], parts.cov[0]
+        scalar = all(part.ndim == 0 for part in self.coefficients(t))
+        step = Affine(phi[0, 0], shift[0], cov[0, 0]) if scalar else Affine(phi, shift, cov)
+        if len(self._cache) >= 256:
+            self._cache = {}  # a new one: other threads may be reading the old
+        self._cache[s, t] = step
+        return step
 
     def _transition(self, s: float, t: float) -> magnus.Transitions:
         if self.constants is not None or s == t:

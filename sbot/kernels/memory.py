@@ -10,7 +10,8 @@ import torch
 def available_bytes(device: torch.device) -> int | None:
     """Free bytes on the device, or None where the system does not say."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
     limits = []
     try:
         import resource

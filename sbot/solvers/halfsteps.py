@@ -45,7 +45,9 @@ class State:
     def f_step(self) -> None:
         """``f = -lambda eps log sum_j b_j exp((g_j - C_ij) / eps)``, ``lambda = rho / (rho + eps)``."""
         lse = self.kernel.reduce(self.log_b + self.g / self.eps, self.eps)[0]
-        self.f = -damping(self.rho[0], self.eps) * self.eps * lse
+        f = -damping(self.rho[0], self.eps) * self.eps * lse
+        # an atom of zero weight may have only forbidden pairs: its potential is infinite and of no consequence
+        self.f = torch.where(self.a > 0, f, 0.0) if self.zeros else f
 
     def column_lse(self) -> Tensor:
         """``log sum_i a_i exp((f_i - C_ij) / eps)``: minus it, times eps, is the balanced g half-step."""
@@ -98,7 +100,8 @@ def log_iterations(state: State, limit: int, every: int, check: Check) -> None:
         due = state.iterations % every == 0 or last
         if due and (check(state.iterations, state.error_of(state.g / eps + lse)) or last):
             return
-        state.g = -lam * eps * lse
+        g = -lam * eps * lse
+        state.g = torch.where(state.b > 0, g, 0.0) if state.zeros else g
         state.translate()
         state.f_step()
         state.iterations += 1

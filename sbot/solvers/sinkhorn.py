@@ -29,8 +29,9 @@ from .schedule import Schedule
 STAGE_LIMIT = 100
 #: Checks without a new best error (by a thousandth) after which the last stage counts as stalled.
 PATIENCE = 50
-#: Marginal error that rounding leaves, in units of ``machine epsilon * max|C| / eps``; measured, see docs/conventions.md.
-REACH = 0.125
+#: Marginal error that rounding leaves, in units of ``machine epsilon * max|C| / eps``: a few times what was measured when
+#: potentials are much smaller than the cost (docs/conventions.md), about what it is when they are as large.
+REACH = 0.5
 #: Above this a marginal error means nothing.
 HOPELESS = 0.1
 
@@ -44,7 +45,7 @@ class Sinkhorn(Solver):
     ----------
     tol : relative L1 error of both marginals to stop at; None is the square root of the machine epsilon (1.5e-8 in
         float64, 3.5e-4 in float32), where the error of the value is about the machine epsilon.  Never below what the
-        dtype can reach, ``4 * machine epsilon * max|C| / eps``; the report has the tolerance that was used.
+        dtype can reach, ``machine epsilon * max|C| / (2 eps)``; the report has the tolerance that was used.
     max_iter : iterations in total; an iteration is one half-step on each side.
     anneal : how eps is lowered from the mean cost to its value; None starts at eps.
     memory : bytes of n x m storage allowed.  Within it the cost and the absorbed kernel are kept and an iteration is two
@@ -106,10 +107,12 @@ class Sinkhorn(Solver):
             phi, psi = _potentials(problem, state)
         eps, tolerance = stages[-1]
         error = history[-1][2]
+        resolved = goal.reach <= max(HOPELESS, tolerance)
+        reason = "precision" if not resolved else "tolerance" if error <= tolerance else reason
         outcome = Report(
             solver=repr(self),
-            converged=error <= tolerance,
-            reason="tolerance" if error <= tolerance else reason,
+            converged=resolved and error <= tolerance,
+            reason=reason,
             iterations=state.iterations,
             error=error,
             tolerance=tolerance,
@@ -119,8 +122,8 @@ class Sinkhorn(Solver):
         )
         if not outcome.converged:
             warnings.warn(
-                f"Sinkhorn stopped ({reason}) after {outcome.iterations} iterations at marginal error {error:.1e}, above the "
-                f"tolerance {tolerance:.1e}; raise max_iter or eps, loosen tol, use float64, or continue with init=bridge",
+                f"Sinkhorn stopped ({reason}) after {outcome.iterations} iterations at marginal error {error:.1e} for a "
+                f"tolerance of {tolerance:.1e}; raise max_iter or eps, loosen tol, use float64, or continue with init=bridge",
                 NotConverged,
                 stacklevel=3,
             )
@@ -154,13 +157,13 @@ class Sinkhorn(Solver):
     def _goal(self, problem: Problem, largest: float) -> _Goal:
         machine = torch.finfo(problem.dtype).eps
         wanted = math.sqrt(machine) if self.tol is None else float(self.tol)
-        reach = REACH * machine * largest / problem.eps
+        reach = machine * max(REACH * largest / problem.eps, 8.0)
         if reach <= wanted:
             return _Goal(wanted, reach)
-        name = str(problem.dtype).removeprefix("torch.")
+        name, ratio = str(problem.dtype).removeprefix("torch."), problem.eps / max(largest, 1e-300)
         if reach > HOPELESS:
-            # aim at what still means something, and report honestly what came of it
-            note = f"{name} cannot resolve eps / max|C| = {problem.eps / largest:.0e}; use float64 or a larger eps"
+            # aim at what still means something, and report that it is not convergence
+            note = f"{name} cannot resolve eps / max|C| = {ratio:.0e}; use float64 or a larger eps"
             return _Goal(max(wanted, HOPELESS), reach, (note,))
         note = f"tolerance raised from {wanted:.1e} to {reach:.1e}, about what {name} can reach at this eps"
         if self.tol is not None:
@@ -241,7 +244,7 @@ class _Watch:
         self.best, self.waited, self.stopped, self.stalled = math.inf, 0, False, False
 
     def __call__(self, iteration: int, error: float) -> bool:
-        if not math.isfinite(error):
+        if math.isnan(error):
             raise NumericalError(
                 f"the marginal error is {error} at iteration {iteration}; rescale the cost, raise eps or use float64"
             )
@@ -249,7 +252,7 @@ class _Watch:
         self.report(Progress(iteration, self.eps, error, self.tolerance))
         self.waited = 0 if error < 0.999 * self.best else self.waited + 1
         self.best = min(self.best, error)
-        self.stalled = self.last and self.waited >= PATIENCE and self.best <= 32 * self.reach
+        self.stalled = self.last and self.waited >= PATIENCE and self.best <= 8 * self.reach
         self.stopped = error <= self.tolerance or self.stalled
         return self.stopped
 

@@ -155,8 +155,8 @@ def test_queries_are_checked_too():
         (lambda: bridge.drift(0.5, X[:, :1]), r"x has shape \(6, 1\); give \(n, 2\)"),
         (lambda: bridge.drift(0.5, X[0]), r"x has shape \(2,\)"),
         (lambda: bridge.drift(0.5, with_entry(X, NAN)), "x has 1 entries that are NaN"),
-        (lambda: bridge.plan(rows=[7]), "rows go from 7 to 7 and the plan has 6"),
-        (lambda: bridge.plan(rows=[0.5]), "rows must be row numbers"),
+        (lambda: bridge.plan(rows=[7]), "rows go from 7 to 7 and there are 6"),
+        (lambda: bridge.plan(rows=[0.5]), "rows must be numbers"),
         (lambda: bridge.sample_pairs(0), "n must be an integer >= 1"),
         (lambda: bridge.sample_paths(3, [0.5, 0.2]), "in increasing order"),
         (lambda: bridge.sample_paths(3, []), "give at least one"),
@@ -223,8 +223,9 @@ def test_histograms_and_numbered_points():
     assert int(j.max()) < 5
     with pytest.raises(sbot.Unsupported, match="bins of a histogram have no mean"):
         plain.transport()
-    with pytest.raises(sbot.Unsupported, match="must be 1-D atom numbers"):
-        plain.condition(X)
+    for wrong in (X, [0.5], [True] * 6, "ab"):
+        with pytest.raises(sbot.InvalidProblem, match="known only between atoms: the atoms in x must be numbers"):
+            plain.condition(wrong)
     f, g = plain.potentials()
     torch.testing.assert_close(f([1, 2]), f.values[1:3], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(g(range(5)), g.values, rtol=1e-3, atol=1e-3)

@@ -89,7 +89,7 @@ def test_gap_at_a_loose_tolerance_is_the_rounded_objective(generator):
     plan, c = bridge.plan(), half_squares(x, y)
     p = plan * (a / plan.sum(1)).clamp(max=1)[:, None]
     p = p * (b / p.sum(0)).clamp(max=1)
-    ea, eb = a - p.sum(1), b - p.sum(0)
+    ea, eb = (a - p.sum(1)).clamp(min=0), (b - p.sum(0)).clamp(min=0)
     p = p + ea[:, None] * eb / ea.sum()
     primal = (p * c).sum() + eps * kl(p, a[:, None] * b)
     torch.testing.assert_close(bridge.gap(), primal - bridge.cost(), rtol=1e-6, atol=1e-12)
