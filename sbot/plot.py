@@ -407,6 +407,10 @@ def animation(
     """Write a GIF of ``n`` samples that move along the paths of the bridge, at rest for a moment at both ends."""
     if Path(path).suffix.lower() != ".gif":
         raise InvalidProblem(f"{path} does not end in .gif; an animation is written as .gif")
+    if bridge.problem.batch_shape:
+        raise Unsupported(
+            f"the bridge holds a batch {bridge.problem.batch_shape} of problems; solve one alone to draw it"
+        )
     times = np.linspace(0, 1, as_count(frames, "frames", least=2))
     view = _view(bridge, generator)
     placed = view.place(_array(bridge.sample_paths(n, times, generator=generator)), times)

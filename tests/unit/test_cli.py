@@ -20,7 +20,7 @@ import torch
 from click.testing import CliRunner, Result
 
 import sbot
-from sbot import cli, plot
+from sbot import cli, files, plot
 
 F64 = torch.float64
 
@@ -67,14 +67,14 @@ def solved(folder: Path, *options: Any) -> sbot.Bridge:
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suffix", cli.ARRAYS)
+@pytest.mark.parametrize("suffix", files.ARRAYS)
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_points_survive_every_format(tmp_path: Path, suffix: str, dtype: torch.dtype) -> None:
     points = torch.randn(7, 3, generator=torch.Generator().manual_seed(0), dtype=dtype) * 1e-7
     weights = torch.rand(7, generator=torch.Generator().manual_seed(1), dtype=dtype)
     path = tmp_path / f"p{suffix}"
-    cli.write_points(path, points, weights)
-    back, back_weights = cli.read_points(path)
+    files.write_points(path, points, weights)
+    back, back_weights = files.read_points(path)
     assert torch.equal(back.to(dtype), points)
     if suffix != ".csv":
         assert back.dtype == dtype
@@ -98,7 +98,7 @@ def test_points_survive_every_format(tmp_path: Path, suffix: str, dtype: torch.d
 )
 def test_csv(tmp_path: Path, text: str, want: list[list[float]]) -> None:
     (tmp_path / "p.csv").write_text(text, encoding="utf-8", newline="")
-    assert cli.read_points(tmp_path / "p.csv")[0].tolist() == want
+    assert files.read_points(tmp_path / "p.csv")[0].tolist() == want
 
 
 def test_a_slip_in_the_first_line_is_not_a_header(folder: Path) -> None:
@@ -110,7 +110,7 @@ def test_a_file_with_one_array_needs_no_name(tmp_path: Path) -> None:
     np.savez(tmp_path / "p.npz", anything=np.ones((2, 2)))
     safetensors.torch.save_file({"anything": torch.ones(2, 2)}, tmp_path / "p.safetensors")
     for name in ("p.npz", "p.safetensors"):
-        assert cli.read_points(tmp_path / name)[0].tolist() == [[1, 1], [1, 1]]
+        assert files.read_points(tmp_path / name)[0].tolist() == [[1, 1], [1, 1]]
 
 
 def test_a_file_with_several_arrays_says_what_it_holds(folder: Path) -> None:
@@ -120,13 +120,13 @@ def test_a_file_with_several_arrays_says_what_it_holds(folder: Path) -> None:
 
 def _damaged(folder: Path, kind: str) -> Path:
     good = folder / f"good{kind}"
-    cli.write_points(good, torch.randn(50, 2, dtype=F64))
+    files.write_points(good, torch.randn(50, 2, dtype=F64))
     path = folder / f"bad{kind}"
     path.write_bytes(good.read_bytes()[:-100] if kind != ".csv" else b"1,2\n3,banana\n")
     return path
 
 
-@pytest.mark.parametrize("kind", cli.ARRAYS)
+@pytest.mark.parametrize("kind", files.ARRAYS)
 def test_damaged_input(folder: Path, kind: str) -> None:
     path = _damaged(folder, kind)
     fails(run("solve", path, folder / "y.npz", "--eps", 1, "--out", folder / "o"), f"bad{kind}")
@@ -139,10 +139,10 @@ def test_damaged_input(folder: Path, kind: str) -> None:
     assert not (folder / "o").exists()
 
 
-@pytest.mark.parametrize("kind", cli.ARRAYS)
+@pytest.mark.parametrize("kind", files.ARRAYS)
 def test_no_damage_escapes_as_a_traceback(tmp_path: Path, kind: str) -> None:
     path = tmp_path / f"p{kind}"
-    cli.write_points(path, torch.ones(6, 2, dtype=F64), torch.ones(6, dtype=F64))
+    files.write_points(path, torch.ones(6, 2, dtype=F64), torch.ones(6, dtype=F64))
     good, rng = path.read_bytes(), np.random.default_rng(0)
     refused = 0
     for _ in range(100):
@@ -151,7 +151,7 @@ def test_no_damage_escapes_as_a_traceback(tmp_path: Path, kind: str) -> None:
             data[place] = rng.integers(256)
         path.write_bytes(data)
         try:
-            cli.read_points(path)
+            files.read_points(path)
         except (sbot.SbotError, OSError, MemoryError):
             refused += 1
     assert refused > 50
@@ -302,7 +302,7 @@ def test_histograms_with_a_cost_matrix(tmp_path: Path, kind: str) -> None:
     a, b = torch.tensor([0.2, 0.8], dtype=F64), torch.tensor([0.5, 0.25, 0.25], dtype=F64)
     cost = torch.tensor([[0.0, 1.0, 2.0], [1.0, 0.0, 1.0]], dtype=F64)
     for name, values in (("a", a), ("b", b), ("c", cost)):
-        cli.write_points(tmp_path / f"{name}{kind}", values)
+        files.write_points(tmp_path / f"{name}{kind}", values)
     paths = [tmp_path / f"{name}{kind}" for name in "abc"]
     out = tmp_path / "h.safetensors"
     assert run("solve", *paths[:2], "--cost-matrix", paths[2], "--eps", 0.5, "--out", out).exit_code == 0
@@ -427,7 +427,7 @@ def test_a_bug_is_not_hidden(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
 # ---- the other commands --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suffix", cli.ARRAYS)
+@pytest.mark.parametrize("suffix", files.ARRAYS)
 def test_sample_is_the_process_and_is_seeded(folder: Path, suffix: str) -> None:
     drawn = []
     for seed in (1, 1, 2):
@@ -435,7 +435,7 @@ def test_sample_is_the_process_and_is_seeded(folder: Path, suffix: str) -> None:
         result = run("sample", folder / "b.safetensors", "--t", 0.5, "--n", 9, "--out", out, "--seed", seed)
         assert result.exit_code == 0, result.output
         assert f"seed {seed}" in result.stdout
-        drawn.append(cli.read_points(out)[0])
+        drawn.append(files.read_points(out)[0])
     want = sbot.load(folder / "b.safetensors").interpolate(0.5, 9, generator=torch.Generator().manual_seed(1))
     assert torch.equal(drawn[0], want)
     assert torch.equal(drawn[1], want)
@@ -458,15 +458,15 @@ def test_samples_of_the_ends_are_atoms(folder: Path, t: int) -> None:
     assert float(torch.cdist(torch.from_numpy(np.load(folder / "s.npy")), atoms).min(1)[0].max()) < 1e-7
 
 
-@pytest.mark.parametrize("suffix", cli.ARRAYS)
+@pytest.mark.parametrize("suffix", files.ARRAYS)
 def test_transport(folder: Path, suffix: str) -> None:
     points, weights = torch.linspace(-1, 1, 8, dtype=F64).reshape(4, 2), torch.arange(1.0, 5.0, dtype=F64)
-    cli.write_points(folder / f"in{suffix}", points, weights)
+    files.write_points(folder / f"in{suffix}", points, weights)
     result = run(
         "transport", folder / "b.safetensors", "--in", folder / f"in{suffix}", "--out", folder / f"out{suffix}"
     )
     assert result.exit_code == 0, result.output
-    moved, kept = cli.read_points(folder / f"out{suffix}")
+    moved, kept = files.read_points(folder / f"out{suffix}")
     torch.testing.assert_close(moved, sbot.load(folder / "b.safetensors").transport(points), rtol=0, atol=1e-14)
     if suffix in (".npz", ".safetensors"):
         assert kept is not None

@@ -72,6 +72,8 @@ def test_as_measure_knows_what_people_have(generator):
     normal = td.MultivariateNormal(torch.zeros(2), torch.eye(2))
     assert isinstance(sbot.as_measure(normal), sbot.Gaussian)
     assert isinstance(sbot.as_measure(td.Independent(td.Normal(torch.zeros(2), 2 * torch.ones(2)), 1)), sbot.Gaussian)
+    image = td.Independent(td.Normal(torch.zeros(3, 2), torch.ones(3, 2)), 2)
+    assert sbot.as_measure(image).event_shape == (3, 2)  # one event, not a batch of three
     mix = td.MixtureSameFamily(
         td.Categorical(torch.ones(2)), td.MultivariateNormal(torch.zeros(2, 2), torch.eye(2).expand(2, 2, 2))
     )

@@ -390,3 +390,10 @@ def test_digits() -> None:
         assert axes.images[0].get_clim() == (0, 1)
     with pytest.raises(sbot.InvalidProblem, match="rows, 2, height, width"):
         plot.digits(images, [0, 1])
+
+
+def test_a_batch_has_no_animation(tmp_path):
+    x = torch.randn(2, 5, 2, generator=torch.Generator().manual_seed(0))
+    bridge = sbot.solve_bridge(x, x + 1, 1.0)
+    with pytest.raises(sbot.Unsupported, match="solve one alone"):
+        plot.animation(bridge, tmp_path / "a.gif")
