@@ -466,8 +466,11 @@ def _seeded(distribution: td.Distribution) -> Draw:
 def _from_distribution(distribution: td.Distribution) -> Measure:
     if isinstance(distribution, td.MultivariateNormal):
         return Gaussian(distribution.loc, distribution.covariance_matrix)
-    rows = isinstance(distribution, td.Independent) and distribution.reinterpreted_batch_ndims == 1
-    if rows and isinstance(distribution.base_dist, td.Normal):
+    if (
+        isinstance(distribution, td.Independent)
+        and isinstance(distribution.base_dist, td.Normal)
+        and distribution.reinterpreted_batch_ndims == 1
+    ):
         return Gaussian(distribution.base_dist.loc, torch.diag_embed(distribution.base_dist.scale.square()))
     if isinstance(distribution, td.MixtureSameFamily) and distribution.batch_shape == ():
         components = _from_distribution(distribution.component_distribution)
