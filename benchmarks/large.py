@@ -35,9 +35,9 @@ def solve(n: int, d: int, ratio: float, seed: int) -> dict[str, Any]:
     x = torch.randn(n, d, generator=generator)
     y = 0.7 * torch.randn(n, d, generator=generator) + 1
     eps = ratio * _mean_cost(x, y)
-    # a small problem first: what a library allocates once on first use is not what the large problem needs
-    sbot.solve_bridge(x[:2000], y[:2000], eps, solver=sbot.Sinkhorn(tol=TOLERANCE, memory=0))
-    before, start = _resident(), time.perf_counter()
+    before = _resident()  # before anything is solved: what libraries allocate on first use is counted
+    sbot.solve_bridge(x[:2000], y[:2000], eps, solver=sbot.Sinkhorn(tol=TOLERANCE, memory=0))  # warm-up, for the time
+    start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", sbot.NotConverged)
         bridge = sbot.solve_bridge(x, y, eps, solver=sbot.Sinkhorn(tol=TOLERANCE))
@@ -98,7 +98,6 @@ def page(result: dict[str, Any], heading: str) -> str:
     """The result in words."""
     r = result
     state = "converged" if r["converged"] else f"not converged ({r['reason']})"
-    # how much of the difference is the input's own: inputs are resident before the solve
     return "\n".join(
         [
             "# One large streamed problem",
