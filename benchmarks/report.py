@@ -10,6 +10,7 @@ import math
 import os
 import platform
 import statistics
+import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,24 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "platform": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "revision": _revision(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "note": NOISY,
     }
+
+
+def _revision() -> str:
+    """The commit of the working tree, and whether the library differs from it."""
+    root = Path(__file__).resolve().parents[1]
+    try:
+        commands = ["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no", "sbot"]
+        head, changed = (
+            subprocess.run(["git", "-C", str(root), *c], capture_output=True, text=True, check=True).stdout.strip()
+            for c in commands
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{head} with changes" if changed else head
 
 
 def _cpu() -> str:
@@ -86,7 +102,7 @@ def preamble(env: dict[str, Any], settings: dict[str, Any]) -> str:
     options = ", ".join(f"{key} {value}" for key, value in settings.items())
     return (
         f"{env['date']}; {env['cpu']}, {env['cores']} cores, {env['threads']} thread(s) for every library; "
-        f"{env['platform']}; {versions}. Settings: {options}. {env['note']}"
+        f"{env['platform']}; {versions}; commit {env['revision']}. Settings: {options}. {env['note']}"
     )
 
 
@@ -211,6 +227,8 @@ def _apart(rows: list[Row], dtype: str, limit: float) -> str:
             " POT's unbalanced solvers multiply by `exp(-C / eps)`: where that is below the smallest number of the dtype the "
             "entry of the plan is lost, and the marginals do not show it, since the potentials adapt."
         )
+    if any(0.5 < r["plan_sbot"] / r["plan_pot"] < 2 for r in apart):
+        text += " Where both are about as far from the oracle, it is the tolerance that leaves them that far."
     return f"{text}\n\n{table(head, body)}"
 
 
