@@ -252,7 +252,8 @@ class _Watch:
         self.report(Progress(iteration, self.eps, error, self.tolerance))
         self.waited = 0 if error < 0.999 * self.best else self.waited + 1
         self.best = min(self.best, error)
-        self.stalled = self.last and self.waited >= PATIENCE and self.best <= 8 * self.reach
+        # once said it stays said: the closing check in the log domain must not turn it into another reason
+        self.stalled |= self.last and self.waited >= PATIENCE and self.best <= 2 * self.reach
         self.stopped = error <= self.tolerance or self.stalled
         return self.stopped
 
