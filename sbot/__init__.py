@@ -3,26 +3,37 @@
 from .api import AUTO, SOLVERS, choose_solver, load, solve_bridge
 from .bridge import Bridge, DualPotential, Potentials, Report
 from .costs import Cosine, Cost, Lp, MatrixCost, Quadratic
+from .diffusion import Diffusion
+from .distributed import together
+from .drift_bridge import DriftBridge
 from .errors import InvalidFile, InvalidProblem, NotConverged, NumericalError, PrecisionWarning, SbotError, Unsupported
 from .measures import Discrete, Gaussian, Measure, Mixture, Sampler, as_measure
+from .neural import Cache, FitConfig, TimeMLP, UNet
 from .potential_bridge import PotentialBridge
 from .problem import Problem
 from .reference import Affine, Brownian, LinearReference, LinearSDE, OrnsteinUhlenbeck, Reference, Static
-from .solvers import ClosedForm, Progress, Schedule, Sinkhorn, Solver
+from .sde import TimeGrid
+from .solvers import DSB, DSBM, ClosedForm, Progress, Schedule, Sinkhorn, Solver
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AUTO",
+    "DSB",
+    "DSBM",
     "SOLVERS",
     "Affine",
     "Bridge",
     "Brownian",
+    "Cache",
     "ClosedForm",
     "Cosine",
     "Cost",
+    "Diffusion",
     "Discrete",
+    "DriftBridge",
     "DualPotential",
+    "FitConfig",
     "Gaussian",
     "InvalidFile",
     "InvalidProblem",
@@ -49,9 +60,13 @@ __all__ = [
     "Sinkhorn",
     "Solver",
     "Static",
+    "TimeGrid",
+    "TimeMLP",
+    "UNet",
     "Unsupported",
     "as_measure",
     "choose_solver",
     "load",
     "solve_bridge",
+    "together",
 ]

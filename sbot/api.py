@@ -9,16 +9,17 @@ from . import io
 from .bridge import Bridge
 from .errors import InvalidProblem, Unsupported
 from .linalg import full_precision
+from .measures import Sampler
 from .pack import unpack
 from .potential_bridge import PotentialBridge
 from .problem import Problem
 from .reference import Reference, as_reference
-from .solvers import ClosedForm, Sinkhorn, Solver
+from .solvers import DSB, DSBM, ClosedForm, Sinkhorn, Solver
 
 #: What "auto" tries, in this order: the first that accepts the problem.
-AUTO: tuple[Solver, ...] = (ClosedForm(), Sinkhorn())
+AUTO: tuple[Solver, ...] = (ClosedForm(), Sinkhorn(), DSB())
 #: Every solver that can be asked for by name.
-SOLVERS: tuple[Solver, ...] = AUTO
+SOLVERS: tuple[Solver, ...] = (*AUTO, DSBM())
 
 
 def solve_bridge(
@@ -87,9 +88,12 @@ def choose_solver(problem: Problem, solver: str | Solver = "auto") -> Solver:
     if not isinstance(problem, Problem):
         raise InvalidProblem(f"problem is {type(problem).__name__}; make one with sbot.Problem.of(mu, nu, eps)")
     candidates = _candidates(solver)
+    sampled = any(isinstance(side, Sampler) for side in (problem.mu, problem.nu))
     refusals = []
     for candidate in candidates:
         refusal = candidate.accepts(problem)
+        if refusal is None and isinstance(candidate, DSB) and candidates is AUTO and not sampled:
+            refusal = "trains networks, which is done unasked for a Sampler only; ask for it with solver='dsb'"
         if refusal is None:
             return candidate
         refusals.append(f"{type(candidate).__name__}: {refusal}")

@@ -114,7 +114,7 @@ class Problem:
     def log_normaliser(self) -> Tensor:
         """``log Z`` of the reference's transition density, see `Reference.log_normaliser`."""
         like = torch.empty((), dtype=self.dtype, device=self.device)
-        return self.reference.log_normaliser(self.mu.event_shape[0] if self.mu.event_shape else 0, self.eps, like)
+        return self.reference.log_normaliser(math.prod(self.mu.event_shape) if self.mu.event_shape else 0, self.eps, like)
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Problem:
         """The same problem in another dtype or on another device."""
@@ -157,7 +157,7 @@ class Problem:
                 f"mu has samples of shape {mu.event_shape} and nu of shape {nu.event_shape}; "
                 "both must live in the same space, or give a cost matrix: cost=M"
             )
-        self.reference.check(mu.event_shape[0])
+        self.reference.check(math.prod(mu.event_shape))
         if isinstance(mu, Discrete) and isinstance(nu, Discrete):
             self.cost.check(*self.sites)
 

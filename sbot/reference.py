@@ -174,7 +174,19 @@ class _Reversed(Cost):
         return None if pair is None else pair[::-1]
 
 
-class LinearReference(Reference):
+class Process(Reference):
+    """``dX = b(t, X) dt + sqrt(eps) B(t) dW``: a reference with something between its ends."""
+
+    @abstractmethod
+    def drift(self, t: float, x: Tensor) -> Tensor:
+        """``b(t, x)`` for ``(n, d)``."""
+
+    @abstractmethod
+    def spread(self, t: float) -> Tensor:
+        """``B(t) B(t)'`` as an operator: 0-dimensional or ``(d, d)``."""
+
+
+class LinearReference(Process):
     """``dX = (A(t) X + b(t)) dt + sqrt(eps) B(t) dW``; a subclass writes `transition` and `coefficients`."""
 
     @abstractmethod
@@ -209,6 +221,10 @@ class LinearReference(Reference):
         """``A(t) x + b(t)``."""
         a, b, _ = (part.to(x) for part in self.coefficients(t))
         return linalg.apply(a, x) + _row(b)
+
+    def spread(self, t: float) -> Tensor:
+        """``B(t) B(t)'``."""
+        return self.coefficients(t)[2]
 
     def pin(self, s: float, t: float) -> Pinned:
         """The law of ``X_t`` given ``X_s`` and ``X_1``, for ``s <= t <= 1``."""

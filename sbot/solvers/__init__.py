@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from .base import Progress, Solver
 from .closed_form import ClosedForm
+from .dsb import DSB
+from .dsbm import DSBM
 from .schedule import Schedule
 from .sinkhorn import Sinkhorn
 
-__all__ = ["ClosedForm", "Progress", "Schedule", "Sinkhorn", "Solver"]
+__all__ = ["DSB", "DSBM", "ClosedForm", "Progress", "Schedule", "Sinkhorn", "Solver"]

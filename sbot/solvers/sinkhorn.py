@@ -15,6 +15,7 @@ from torch import Tensor
 from ..arrays import as_count, as_number
 from ..bridge import Bridge, Report
 from ..costs import MatrixCost
+from ..diffusion import Intractable
 from ..errors import InvalidProblem, NotConverged, NumericalError, PrecisionWarning
 from ..kernels import DenseKernel, make_kernel
 from ..measures import Discrete
@@ -86,6 +87,8 @@ class Sinkhorn(Solver):
         for name, measure in (("mu", problem.mu), ("nu", problem.nu)):
             if not isinstance(measure, Discrete):
                 return f"{name} is {type(measure).__name__}, needs Discrete; try sbot.Discrete({name}.sample(4096))"
+        if isinstance(problem.cost, Intractable):
+            return f"the reference is {problem.reference!r}, whose cost is not known; try solver=sbot.DSB()"
         return None
 
     def solve(self, problem: Problem, *, init: Bridge | None = None, progress: Any = None) -> Bridge:
