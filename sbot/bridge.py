@@ -208,7 +208,8 @@ class Bridge(ABC):
 
     def interpolate(self, t: float, n: int, *, generator: torch.Generator | None = None) -> Tensor:
         """Draw ``n`` samples of ``X_t``, ``(*b, n, d)``."""
-        return self.sample_paths(n, [self._time(t)], generator=generator)[..., 0, :]
+        paths = self.sample_paths(n, [self._time(t)], generator=generator)
+        return paths.select(-1 - len(self.problem.mu.event_shape), 0)
 
     def marginal(self, t: float) -> Measure:
         """The law of ``X_t`` as a measure."""

@@ -61,6 +61,25 @@ class BridgeBase(Base):
 
 
 @final
+class EquilibriumBase(Base):
+    """The backward control ``2 R^-1 b`` that turns the reversed drift ``-b`` into ``b``.
+
+    A reference in equilibrium runs backwards as it runs forwards.  The reversed drift of one that confines its points
+    drives them to infinity, where no network has learned to hold them back.
+    """
+
+    def __init__(self, process: Process, event: tuple[int, ...]) -> None:
+        self.process, self.event = process, event
+
+    def __call__(self, t: float, x: Tensor) -> Tensor:
+        own = drift_of(self.process, t, x, self.event)
+        return linalg.apply(2 * linalg.inverse(linalg.root(self.process.spread(t))).to(x), own)
+
+    def to(self, like: Tensor) -> EquilibriumBase:
+        return self
+
+
+@final
 class ScoreBase(Base):
     """The backward control ``eps R score(x, t)`` of a score network of the reference started at mu."""
 
@@ -274,7 +293,8 @@ class DriftBridge(Bridge):
         gained = torch.zeros(len(points), dtype=points.dtype, device=points.device)
         place, dt = points.detach(), (end - time) / count
         for k in range(count):
-            place, gained = self._flow_step(time + k * dt, dt, place, gained, as_count(probes, "probes"))
+            near, far = (time + j * dt if j < count else float(end) for j in (k, k + 1))
+            place, gained = self._flow_step(near, far, place, gained, as_count(probes, "probes"))
         if not bool(torch.isfinite(place).all()):
             raise NumericalError("the probability flow left the finite numbers; give points nearer to the marginals")
         return source.log_prob(place.reshape(points.shape)) + gained
@@ -285,11 +305,12 @@ class DriftBridge(Bridge):
         covs = measure.components.cov if isinstance(measure, Mixture) else covs
         return covs is not None and linalg.cholesky(covs) is not None
 
-    def _flow_step(self, t: float, dt: float, x: Tensor, gained: Tensor, probes: int) -> tuple[Tensor, Tensor]:
+    def _flow_step(self, near: float, far: float, x: Tensor, gained: Tensor, probes: int) -> tuple[Tensor, Tensor]:
         slopes: list[tuple[Tensor, Tensor]] = []
-        for share in (0.0, 0.5, 0.5, 1.0):
+        dt = far - near
+        for share, t in ((0.0, near), (0.5, (near + far) / 2), (0.5, (near + far) / 2), (1.0, far)):
             there = x + share * dt * slopes[-1][0] if slopes else x
-            slopes.append(self._velocity_and_divergence(min(max(t + share * dt, 0.0), 1.0), there, probes))
+            slopes.append(self._velocity_and_divergence(t, there, probes))
         weights = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
         for weight, (velocity, divergence) in zip(weights, slopes, strict=True):
             x = x + weight * dt * velocity

@@ -151,7 +151,8 @@ class Trainer:
         for settings in self._optimizer.param_groups:
             settings["lr"] = self.config.rate(step, total)
         self._optimizer.step()
-        torch._foreach_lerp_(self._averages, self.parameters, max(1 - self.config.ema, 1 / (step / 10 + 1)))
+        with torch.no_grad():
+            torch._foreach_lerp_(self._averages, self.parameters, max(1 - self.config.ema, 1 / (step / 10 + 1)))
         return said, stop
 
     @property

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..arrays import as_count, as_number
 from ..bridge import Bridge, Report
 from ..distributed import current
-from ..drift_bridge import Base, BridgeBase, DriftBridge, ScoreBase, Steering
+from ..drift_bridge import Base, BridgeBase, DriftBridge, EquilibriumBase, ScoreBase, Steering
 from ..errors import InvalidProblem, NotConverged
 from ..neural.cache import Cache, shuffled
 from ..neural.controls import controls, draw, networks, refusal
@@ -28,7 +28,7 @@ from ..neural.residual import marginal_residual
 from ..neural.training import Training, identity
 from ..problem import Problem
 from ..progress import reporting
-from ..reference import Process
+from ..reference import LinearReference, Process
 from ..sde import Chain, as_grid, grid_times, walk
 from .base import Solver
 
@@ -46,7 +46,8 @@ class DSB(Solver):
 
     - "mean": ``X_{k+1} + F_k(X_k) - F_k(X_{k+1})``, in units of position (mean matching, their proposition 3);
     - "drift": the same as a drift, the noise scaled to unit size, so that every step weighs the same;
-    - "simplified": ``X_k``, in the scale of "drift": one evaluation less, the same up to second order in the step.
+    - "simplified": ``X_k``, in the scale of "drift".  It is the mean of the reversed step itself, of which the other two
+      are first-order approximations, and takes one evaluation less.
 
     Parameters
     ----------
@@ -55,7 +56,7 @@ class DSB(Solver):
     steps : a number of steps, a `TimeGrid`, or times from 0 to 1.
     rounds : of two half-steps each.
     half_steps : stop after so many half-steps; 1 is score-based generative modelling of mu.  None is all of them.
-    target : "drift", "mean" or "simplified".
+    target : "simplified", "drift" or "mean".
     fit : how the networks are trained; ``fit.steps`` counts for each half-step and is 2000 by default.
     cache : how simulated paths are kept.
     score : a pretrained score network ``score(x, t)`` of the reference started at mu, in place of half-step 1.
@@ -85,7 +86,7 @@ class DSB(Solver):
     steps: Any = 20
     rounds: int = 5
     half_steps: int | None = None
-    target: str = "drift"
+    target: str = "simplified"
     fit: FitConfig = field(default_factory=FitConfig)
     cache: Cache = field(default_factory=Cache)
     score: nn.Module | None = None
@@ -165,14 +166,17 @@ class _Fitting:
         self.training.tolerance = solver.tol
 
     def _bases(self, init: Bridge | None, process: Process) -> dict[int, Base | None]:
+        event = self.problem.mu.event_shape
         bases: dict[int, Base | None] = {1: None, -1: None}
+        if not isinstance(process, LinearReference):
+            bases[-1] = EquilibriumBase(process, event)
         if init is not None:
             check_base(init, self.problem)
             bases = {way: BridgeBase(init, process, way) for way in (1, -1)}
         if self.solver.score is not None:
             if init is not None:
                 raise InvalidProblem("both score= and init= say what to start from; drop one of them")
-            bases[-1] = ScoreBase(self.solver.score, process, self.problem.eps, self.problem.mu.event_shape)
+            bases[-1] = ScoreBase(self.solver.score, process, self.problem.eps, event)
         return bases
 
     def _weights(self) -> Tensor:
@@ -206,6 +210,8 @@ class _Fitting:
             training.save()
             if self._stalled():
                 return "stalled"
+        if not training.history:  # a given score and nothing to train
+            training.history.append((1, self.problem.eps, self._residual(-1)))
         return "half_steps" if self.solver.half_steps else "rounds"
 
     def _step(self, learn: int) -> None:
@@ -239,7 +245,8 @@ class _Fitting:
         control = self.steering(drive, self.training.cursor["half_step"] > 0)
         own = self.steering(learn, False)
         d, size = math.prod(problem.mu.event_shape), self.weights.element_size()
-        n = self.solver.cache.paths_for(len(chain), 2 * d * size)
+        needed = -(-(self.count - self.training.cursor["step"]) * self.config.batch // len(chain))
+        n = min(needed, self.solver.cache.paths_for(len(chain), 2 * d * size))
         start = draw(problem, "mu" if drive > 0 else "nu", n, self.generator)
         mine = self.group.rows(n)
 
