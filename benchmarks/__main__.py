@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from . import large as large_problem
 from . import report, run
+from .continuous.command import continuous
 
 RESULTS = Path(__file__).parent / "results"
 out_option = click.option(
@@ -75,6 +76,9 @@ def large(n: int, ratio: float, seed: int, threads: int, out: Path) -> None:
     page = large_problem.page(result, report.preamble(env, {"seed": seed}))
     (out / "large.md").write_text(page, encoding="utf-8")
     click.echo(page)
+
+
+main.add_command(continuous)
 
 
 if __name__ == "__main__":

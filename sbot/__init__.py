@@ -13,7 +13,7 @@ from .potential_bridge import PotentialBridge
 from .problem import Problem
 from .reference import Affine, Brownian, LinearReference, LinearSDE, OrnsteinUhlenbeck, Reference, Static
 from .sde import TimeGrid
-from .solvers import DSB, DSBM, ClosedForm, Progress, Schedule, Sinkhorn, Solver
+from .solvers import DSB, DSBM, ClosedForm, LightSB, PlugIn, Progress, Schedule, Sinkhorn, Solver
 
 __version__ = "0.1.0"
 
@@ -37,6 +37,7 @@ __all__ = [
     "Gaussian",
     "InvalidFile",
     "InvalidProblem",
+    "LightSB",
     "LinearReference",
     "LinearSDE",
     "Lp",
@@ -46,6 +47,7 @@ __all__ = [
     "NotConverged",
     "NumericalError",
     "OrnsteinUhlenbeck",
+    "PlugIn",
     "PotentialBridge",
     "Potentials",
     "PrecisionWarning",

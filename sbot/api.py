@@ -9,17 +9,16 @@ from . import io
 from .bridge import Bridge
 from .errors import InvalidProblem, Unsupported
 from .linalg import full_precision
-from .measures import Sampler
-from .pack import unpack
-from .potential_bridge import PotentialBridge
+from .measures import Sampler, as_measure
 from .problem import Problem
 from .reference import Reference, as_reference
-from .solvers import DSB, DSBM, ClosedForm, Sinkhorn, Solver
+from .solvers import DSB, DSBM, ClosedForm, LightSB, PlugIn, Sinkhorn, Solver
+from .unpack import unpack_bridge
 
 #: What "auto" tries, in this order: the first that accepts the problem.
 AUTO: tuple[Solver, ...] = (ClosedForm(), Sinkhorn(), DSB())
 #: Every solver that can be asked for by name.
-SOLVERS: tuple[Solver, ...] = (*AUTO, DSBM())
+SOLVERS: tuple[Solver, ...] = (*AUTO, DSBM(), LightSB(), PlugIn())
 
 
 def solve_bridge(
@@ -113,11 +112,23 @@ def _candidates(solver: str | Solver) -> tuple[Solver, ...]:
     raise InvalidProblem(f"solver is {solver!r}; give {listed}, or an object such as sbot.Sinkhorn(tol=1e-9)")
 
 
-def load(path: str | PathLike[str], *, reference: Reference | None = None, cost: Any = None) -> Bridge:
+def load(
+    path: str | PathLike[str],
+    *,
+    reference: Reference | None = None,
+    cost: Any = None,
+    mu: Any = None,
+    nu: Any = None,
+    net: Any = None,
+    score: Any = None,
+) -> Bridge:
     """Read a bridge that `Bridge.save` wrote; nothing in the file is executed.
 
-    ``reference`` or ``cost`` gives again what a file cannot hold: a class or a function of your own.  Raises `InvalidFile`
-    for a file that is damaged, foreign or of a newer version, `FileNotFoundError` where there is none.
+    ``reference`` or ``cost`` gives again what a file cannot hold: a class or a function of your own; ``mu`` or ``nu`` the
+    measure where it was a `Sampler`, without which all works that does not draw from it; ``net`` and ``score`` networks of your
+    own, of the shapes that were trained.  Raises `InvalidFile` for a file
+    that is damaged, foreign or of a newer version, `InvalidProblem` where what is given does not fit the file,
+    `FileNotFoundError` where there is none.
 
     Examples
     --------
@@ -131,4 +142,5 @@ def load(path: str | PathLike[str], *, reference: Reference | None = None, cost:
         raise InvalidProblem(f"path is {path!r}; give the name of a file")
     given = None if reference is None and cost is None else as_reference(reference, cost)
     header, tensors = io.read(path, "bridge")
-    return PotentialBridge(*unpack(header, tensors, given))
+    ends = (None if mu is None else as_measure(mu, "mu"), None if nu is None else as_measure(nu, "nu"))
+    return unpack_bridge(header, tensors, given, ends, net, score)

@@ -23,9 +23,10 @@ from . import __version__
 from .api import SOLVERS, choose_solver, load
 from .bridge import Bridge, Report
 from .costs import Cosine, Cost, Lp, MatrixCost, Quadratic
-from .errors import InvalidProblem, PrecisionWarning, SbotError
+from .errors import InvalidProblem, PrecisionWarning, SbotError, Unsupported
 from .files import ARRAYS, check_output, read_points, write_points
 from .measures import Discrete, Gaussian, Measure
+from .neural import FitConfig
 from .problem import Problem
 from .reference import Brownian, LinearSDE, OrnsteinUhlenbeck, Reference
 from .solvers import Solver
@@ -155,6 +156,17 @@ def _with_options(solver: Solver, **options: Any) -> Solver:
     return replace(solver, **given)
 
 
+def _trained(solver: Solver, **options: Any) -> Solver:
+    """The solver with the options of its training that were given."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if not given:
+        return solver
+    fit = getattr(solver, "fit", None)
+    if not isinstance(fit, FitConfig):
+        raise InvalidProblem(f"{type(solver).__name__} trains nothing; drop --fit-steps, --fit-seed, --folder and --force")
+    return _with_options(solver, fit=replace(fit, **given))
+
+
 def _generator(bridge: Bridge, seed: int | None) -> torch.Generator:
     generator = torch.Generator(bridge.problem.device)
     # torch would start every process from one seed; without --seed, draw a new one
@@ -192,6 +204,10 @@ def commands() -> None:
 @click.option("--solver", default="auto", type=click.Choice(["auto", *(type(s).__name__.lower() for s in SOLVERS)]))
 @click.option("--tol", type=float, help="Marginal error to stop at; default what the dtype can reach.")
 @click.option("--max-iter", type=int, help="Iterations in total.")
+@click.option("--fit-steps", type=int, help="Gradient steps of a trained solver; of each half-step for dsb.")
+@click.option("--fit-seed", type=_SEED, help="Seed of a training.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Checkpoints of a training; run again to go on from them.")
+@click.option("--force", is_flag=True, help="Go on from a training of other settings.")
 @click.option("--dtype", type=click.Choice(["float32", "float64"]), help="Default: as in the files.")
 @click.option("--init", type=_INPUT, help="A bridge to start from.")
 @click.option("--gaussian", is_flag=True, help="Fit a Gaussian to each side and solve in closed form.")
@@ -202,6 +218,8 @@ def solve(source: Path, target: Path, out: Path, quiet: bool, **asked: Any) -> i
     problem = _problem(source, target, **{name: asked.pop(name) for name in _PROBLEM})
     start = None if asked["init"] is None else load(asked["init"])
     solver = choose_solver(problem, asked["solver"])
+    fit = {"steps": asked["fit_steps"], "seed": asked["fit_seed"], "folder": asked["folder"]}
+    solver = _trained(solver, **fit, resume="force" if asked["force"] else None)
     solver = _with_options(solver, tol=asked["tol"], max_iter=asked["max_iter"])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
@@ -305,18 +323,18 @@ def info(bridge: Path) -> None:
         lines["history"] = f"{len(report.history)} checks, eps {stages[0]:.3g} -> {stages[-1]:.3g} in {len(stages)} "
         lines["history"] += f"stage{'s' * (len(stages) > 1)}, error {first:.1e} -> {last:.1e}"
     lines |= {f"note {k + 1}": note for k, note in enumerate(report.notes)}
-    lines |= {
-        "cost": _numbers(found.cost()),
-        "linear cost": _numbers(found.linear_cost()),
-        "gap": _numbers(found.gap()),
-    }
+    for name, value in (("cost", found.cost), ("linear cost", found.linear_cost), ("gap", found.gap)):
+        lines[name] = _numbers(value)
     lines["versions"] = f"sbot {__version__}, torch {torch.__version__}, Python {platform.python_version()}"
     for name, value in lines.items():
         click.echo(f"{name:<12} {value}")
 
 
-def _numbers(values: Tensor) -> str:
-    return ", ".join(f"{value:.9g}" for value in values.detach().double().flatten().tolist())
+def _numbers(ask: Callable[[], Tensor]) -> str:
+    try:
+        return ", ".join(f"{value:.9g}" for value in ask().detach().double().flatten().tolist())
+    except Unsupported as missing:
+        return f"none ({missing})"
 
 
 @commands.command()

@@ -19,7 +19,8 @@ from .errors import Unsupported
 from .gaussian import GaussianPlan, couple
 from .kernels import LogKernel, make_kernel, require_memory
 from .measures import Discrete, Gaussian, Measure
-from .potentials import Atoms
+from .metrics import Estimate
+from .potentials import Atoms, Potential
 from .problem import Problem
 from .reference import LinearReference
 
@@ -275,3 +276,100 @@ class GaussianCoupling(Coupling):
         shift = law.shift.to(like)
         mean = (near @ self._mu.mean[..., None] + far @ self._nu.mean[..., None])[..., 0] + shift
         return Gaussian(mean, (cov + cov.mT) / 2)
+
+
+#: Draws of each marginal behind the values of a `SampledCoupling`, and the seed of their generator.
+DRAWS, SEED = 4096, 0
+
+
+@final
+class SampledCoupling(Coupling):
+    r"""The plan ``mu(dx) psi(dy) p(y | x) / psi_0(x)`` of potentials whose marginals are known only through samples.
+
+    Its values are Monte Carlo estimates with a generator of their own, the same at every call; `estimate` takes more draws
+    and has a standard error.  Expectations over a discrete measure of at most as many atoms are sums.
+    """
+
+    def __init__(self, problem: Problem, phi: Potential, psi: Potential) -> None:
+        self.problem, self._phi, self._psi = problem, phi, psi
+
+    def plan(self, rows: Any = None) -> Gaussian:
+        raise Unsupported(
+            "this plan has no matrix: its marginals are not the atoms of its potentials; draw pairs with "
+            "sample_pairs(n), or ask for the law of X_1 given points: condition(x)"
+        )
+
+    @property
+    def ends(self) -> tuple[Measure, Measure]:
+        return self.problem.mu, self.problem.nu
+
+    def cost(self) -> Tensor:
+        return self._as_tensor(self.estimate(DRAWS))
+
+    def linear_cost(self) -> Tensor:
+        return self._as_tensor(self.estimate_linear(DRAWS))
+
+    def gap(self) -> Tensor:
+        raise Unsupported(
+            "no feasible plan is known here, and so no gap; hold the samples of sample_pairs(n) against nu: "
+            "metrics.energy_distance, or see report.error"
+        )
+
+    def between(self, t: float) -> None:
+        return None
+
+    @torch.no_grad()
+    def estimate(self, n: int, *, generator: torch.Generator | None = None) -> Estimate:
+        """The dual ``E_mu f + E_nu g`` from ``n`` draws of each, with its standard error.
+
+        ``g`` is the c-transform of ``f`` over the atoms of ``phi``, so that this bounds the entropic cost from below, up to
+        the noise of those atoms: it is as reliable as ``phi`` is dense at the scale ``sqrt(eps)``.
+        """
+        generator = self._seeded(generator)
+        reference, eps = self.problem.reference, self.problem.eps
+        x, a = self._draw(self.problem.mu, n, generator)
+        y, b = self._draw(self.problem.nu, n, generator)
+        f = -eps * reference.pull_back(self._psi, 0.0, x, eps).log_mass
+        pushed, jacobian = reference.push_forward(self._phi, 1.0, y, eps)
+        g = -eps * (pushed.log_mass + jacobian.to(y.device) + self.problem.log_normaliser())
+        (mean_f, var_f), (mean_g, var_g) = _moments(f, a), _moments(g, b)
+        return Estimate(mean_f + mean_g, math.sqrt(var_f + var_g))
+
+    @torch.no_grad()
+    def estimate_linear(self, n: int, *, generator: torch.Generator | None = None) -> Estimate:
+        """``<P, C>`` from ``n`` pairs, with its standard error."""
+        generator = self._seeded(generator)
+        x = self.problem.mu.sample(n, generator=generator)
+        y = self.problem.reference.pull_back(self._psi, 0.0, x, self.problem.eps).sample(generator=generator)
+        # each pair on its own: a batch of n problems with one atom on each side
+        charge = self.problem.cost.matrix(x[:, None], y[:, None])[:, 0, 0] * self._mass
+        mean, variance = _moments(charge, None)
+        return Estimate(mean, math.sqrt(variance))
+
+    @property
+    def _mass(self) -> float:
+        mu = self.problem.mu
+        return float(mu.mass) if isinstance(mu, Discrete) else 1.0
+
+    def _seeded(self, generator: torch.Generator | None) -> torch.Generator:
+        return torch.Generator(self.problem.device).manual_seed(SEED) if generator is None else generator
+
+    @staticmethod
+    def _draw(measure: Measure, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        """Places and their weights; None for draws, which weigh the same."""
+        if isinstance(measure, Discrete) and measure.n <= n:
+            assert measure.points is not None
+            return measure.points, measure.weights
+        return measure.sample(n, generator=generator), None
+
+    def _as_tensor(self, estimate: Estimate) -> Tensor:
+        return torch.tensor(estimate.value, dtype=self.problem.dtype, device=self.problem.device)
+
+
+def _moments(values: Tensor, weights: Tensor | None) -> tuple[float, float]:
+    """The mean and the variance of its error; a weighted sum is exact."""
+    values = values.double()
+    if weights is not None:
+        live = weights > 0
+        return float((weights.double()[live] * values[live]).sum()), 0.0
+    return float(values.mean()), float(values.var()) / len(values)

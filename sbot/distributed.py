@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import final
+from typing import Any, final
 
 import torch
 import torch.distributed as dist
@@ -38,7 +39,7 @@ class Group:
         if self.size == 1 or not tensors:
             return
         flat = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(flat)
+        _all_reduce(flat)
         start = 0
         for tensor in tensors:
             tensor.copy_(flat[start : start + tensor.numel()].view_as(tensor))
@@ -50,7 +51,7 @@ class Group:
             return part
         whole = torch.zeros((n, *part.shape[1:]), dtype=part.dtype, device=part.device)
         whole[self.rows(n)] = part
-        dist.all_reduce(whole)  # shares differ in length; zeros elsewhere make a sum a concatenation
+        _all_reduce(whole)  # shares differ in length; zeros elsewhere make a sum a concatenation
         return whole
 
     def any(self, flag: bool, device: torch.device) -> bool:
@@ -58,8 +59,44 @@ class Group:
         if self.size == 1:
             return flag
         told = torch.tensor([float(flag)], device=device)
-        dist.all_reduce(told)
+        _all_reduce(told)
         return bool(told > 0)
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor by that of the first process."""
+        for tensor in tensors if self.size > 1 else ():
+            plain = tensor.detach().contiguous() if self.first else torch.zeros_like(tensor).contiguous()
+            _all_reduce(plain)
+            with torch.no_grad():
+                tensor.copy_(plain)
+
+    def agree(self, value: float, device: torch.device) -> float:
+        """The first process's ``value``, in every process."""
+        if self.size == 1:
+            return value
+        told = torch.tensor([value if self.first else 0.0], dtype=torch.float64, device=device)
+        _all_reduce(told)
+        return float(told)
+
+    def same(self, text: str, device: torch.device) -> bool:
+        """Whether ``text`` is the same in every process."""
+        if self.size == 1:
+            return True
+        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
+        told = torch.tensor([number, -number], dtype=torch.float64, device=device)  # 48 bits are exact
+        _all_reduce(told, dist.ReduceOp.MAX)
+        return bool(told[0] == -told[1])
+
+
+def _all_reduce(tensor: Tensor, how: Any = None) -> None:
+    try:
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM if how is None else how)
+    except RuntimeError as fault:
+        said = str(fault).splitlines()[0]
+        raise RuntimeError(
+            f"another process of the group is gone, or did not answer in time ({said}); look for its own error, then "
+            "start all of them again: with folder= they go on from the last checkpoint"
+        ) from fault
 
 
 def current() -> Group:
@@ -73,8 +110,9 @@ def current() -> Group:
 def together(backend: str | None = None, *, timeout: float = 120.0) -> Iterator[Group]:
     """Join the processes that ``torchrun`` started, and leave them at the end.
 
-    ``backend`` is "nccl" where there is a GPU and "gloo" elsewhere; ``timeout``, in seconds, is how long a process waits for
-    the others before it raises.  Outside of ``torchrun`` it is a group of one.  Raises `InvalidProblem` inside another group.
+    ``backend`` is "nccl" where there is a GPU and "gloo" elsewhere; ``timeout``, in seconds and at least 60, is how long a
+    process waits for the others before it raises.  Outside of ``torchrun`` it is a group of one.  Raises `InvalidProblem`
+    inside another group.
 
     Examples
     --------

@@ -2,124 +2,31 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import linalg
 from .arrays import DTYPES, as_count, compute_dtype
 from .bridge import Bridge, Potentials, Report, in_result_dtype
+from .drift_pack import pack_drifts
 from .errors import InvalidProblem, NumericalError, Unsupported
 from .measures import Gaussian, Mixture
 from .metrics import Estimate
-from .neural.nets import Directed
 from .potentials import Tilted
 from .problem import Problem
 from .reference import LinearReference, Process
 from .sde import Chain, TimeGrid, as_grid, drift_of, grid_times, walk
+from .steering import Steering
 
 #: Up to this dimension the divergence of the probability flow is summed exactly.
 EXACT_TRACE = 16
 #: Simulated ends averaged for a conditional mean.
 DRAWS = 64
-
-
-class Base(ABC):
-    """A control that is known before any training, in one direction."""
-
-    @abstractmethod
-    def __call__(self, t: float, x: Tensor) -> Tensor:
-        """At a time and flat points ``(n, D)``."""
-
-    @abstractmethod
-    def to(self, like: Tensor) -> Base:
-        """On the dtype and device of ``like``."""
-
-
-@final
-class BridgeBase(Base):
-    """The control of another bridge."""
-
-    def __init__(self, bridge: Bridge, process: Process, direction: int) -> None:
-        self.bridge, self.process, self.direction = bridge, process, direction
-
-    def __call__(self, t: float, x: Tensor) -> Tensor:
-        event = self.bridge.problem.mu.event_shape
-        drift = self.bridge.drift if self.direction > 0 else self.bridge.reverse_drift
-        move = drift(t, x.reshape(-1, *event)).reshape(x.shape)
-        move = move - self.direction * drift_of(self.process, t, x, event)
-        return linalg.apply(linalg.inverse(linalg.root(self.process.spread(t))).to(x), move)
-
-    def to(self, like: Tensor) -> BridgeBase:
-        return BridgeBase(self.bridge.to(dtype=like.dtype, device=like.device), self.process, self.direction)
-
-
-@final
-class EquilibriumBase(Base):
-    """The backward control ``2 R^-1 b`` that turns the reversed drift ``-b`` into ``b``.
-
-    A reference in equilibrium runs backwards as it runs forwards.  The reversed drift of one that confines its points
-    drives them to infinity, where no network has learned to hold them back.
-    """
-
-    def __init__(self, process: Process, event: tuple[int, ...]) -> None:
-        self.process, self.event = process, event
-
-    def __call__(self, t: float, x: Tensor) -> Tensor:
-        own = drift_of(self.process, t, x, self.event)
-        return linalg.apply(2 * linalg.inverse(linalg.root(self.process.spread(t))).to(x), own)
-
-    def to(self, like: Tensor) -> EquilibriumBase:
-        return self
-
-
-@final
-class ScoreBase(Base):
-    """The backward control ``eps R score(x, t)`` of a score network of the reference started at mu."""
-
-    def __init__(self, score: nn.Module, process: Process, eps: float, event: tuple[int, ...]) -> None:
-        self.score, self.process, self.eps, self.event = score, process, eps, event
-
-    def __call__(self, t: float, x: Tensor) -> Tensor:
-        times = torch.full((len(x),), t, dtype=x.dtype, device=x.device)
-        said = self.score(x.reshape(-1, *self.event), times).reshape(x.shape).to(x.dtype)
-        return linalg.apply(self.eps * linalg.root(self.process.spread(t)).to(x), said)
-
-    def to(self, like: Tensor) -> ScoreBase:
-        return ScoreBase(copy.deepcopy(self.score).to(like), self.process, self.eps, self.event)
-
-
-@final
-class Steering:
-    """A control in one direction: what a base says, plus what a network adds; with neither it is the reference itself.
-
-    ``direction`` is +1 or -1.  Called with a time and flat points ``(n, D)``.
-    """
-
-    def __init__(self, direction: int, base: Base | None, net: Directed | None) -> None:
-        self.direction, self.base, self.net = direction, base, net
-
-    def __call__(self, t: float, x: Tensor) -> Tensor:
-        if self.net is None:
-            return self.underlying(t, x)
-        times = torch.full((len(x),), t, dtype=x.dtype, device=x.device)
-        said: Tensor = self.net(x, times, torch.full_like(times, float(self.direction)))
-        return said if self.base is None else said + self.underlying(t, x)
-
-    def underlying(self, t: float, x: Tensor) -> Tensor:
-        """The control of the base alone; zero where there is none."""
-        return torch.zeros_like(x) if self.base is None else self.base(t, x)
-
-    def to(self, like: Tensor) -> Steering:
-        """A copy on the dtype and device of ``like``."""
-        base = None if self.base is None else self.base.to(like)
-        return Steering(self.direction, base, None if self.net is None else copy.deepcopy(self.net).to(like))
 
 
 @final
@@ -430,4 +337,4 @@ class DriftBridge(Bridge):
         return DriftBridge(self.problem, self.forward, self.backward, self.report, grid, chosen)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        raise NotImplementedError
+        return pack_drifts(self.problem, self.report, self.forward, self.backward, self.grid, self.order)

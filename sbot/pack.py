@@ -13,7 +13,7 @@ from torch import Tensor
 from .bridge import Report
 from .costs import Cosine, Cost, Lp, MatrixCost, Quadratic
 from .errors import InvalidFile, InvalidProblem, Unsupported
-from .measures import Discrete, Gaussian, Measure
+from .measures import Discrete, Gaussian, Measure, Mixture, Sampler
 from .potentials import Atoms, Potential, Quadratics
 from .problem import Problem
 from .reference import Brownian, LinearSDE, OrnsteinUhlenbeck, Reference, Static
@@ -23,14 +23,20 @@ Tensors = dict[str, Tensor]
 
 
 def pack(problem: Problem, phi: Potential, psi: Potential, report: Report) -> tuple[Header, Tensors]:
-    """A bridge as a header and tensors."""
+    """A bridge of potentials as a header and tensors."""
+    header, tensors = pack_problem(problem, report)
+    put = _putting(tensors)
+    header |= {
+        "phi": _pack_potential(phi, put, "phi", problem.mu),
+        "psi": _pack_potential(psi, put, "psi", problem.nu),
+    }
+    return header, tensors
+
+
+def pack_problem(problem: Problem, report: Report) -> tuple[Header, Tensors]:
+    """What every bridge has: what was asked, and how it went."""
     tensors: Tensors = {}
-
-    def put(prefix: str, parts: dict[str, Tensor | None]) -> list[str]:
-        kept = {name: part for name, part in parts.items() if part is not None}
-        tensors.update({f"{prefix}.{name}": part for name, part in kept.items()})
-        return sorted(kept)
-
+    put = _putting(tensors)
     header = {
         "eps": problem.eps,
         "relax": [None if math.isinf(rho) else rho for rho in problem.relax],
@@ -39,24 +45,55 @@ def pack(problem: Problem, phi: Potential, psi: Potential, report: Report) -> tu
         "reference": _pack_reference(problem.reference, put),
         "mu": _pack_measure(problem.mu, put, "mu"),
         "nu": _pack_measure(problem.nu, put, "nu"),
-        "phi": _pack_potential(phi, put, "phi"),
-        "psi": _pack_potential(psi, put, "psi"),
         "report": asdict(report) | {"error": _finite(report.error), "history": [list(row) for row in report.history]},
     }
     return header, tensors
 
 
+def _putting(tensors: Tensors) -> Callable[[str, dict[str, Tensor | None]], list[str]]:
+    """A function that stores named tensors under a prefix, and returns the names."""
+
+    def put(prefix: str, parts: dict[str, Tensor | None]) -> list[str]:
+        kept = {name: part for name, part in parts.items() if part is not None}
+        tensors.update({f"{prefix}.{name}": part for name, part in kept.items()})
+        return sorted(kept)
+
+    return put
+
+
 def unpack(
-    header: Header, tensors: Tensors, reference: Reference | None
+    header: Header,
+    tensors: Tensors,
+    reference: Reference | None,
+    ends: tuple[Measure | None, Measure | None] = (None, None),
 ) -> tuple[Problem, Potential, Potential, Report]:
-    """The inverse of `pack`; ``reference`` stands in for one that a file cannot hold."""
+    """The inverse of `pack`; ``reference`` and the measures ``ends`` stand in for what a file cannot hold."""
+    problem, report = unpack_problem(header, tensors, reference, ends)
+    try:
+        phi, psi = (_unpack_potential(header[side], tensors, side) for side in ("phi", "psi"))
+        _check_potential(phi, problem.mu)
+        _check_potential(psi, problem.nu)
+    except InvalidFile:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as fault:
+        raise InvalidFile(f"the file does not hold a bridge ({fault!r}); save it again") from None
+    return problem, phi, psi, report
+
+
+def unpack_problem(
+    header: Header,
+    tensors: Tensors,
+    reference: Reference | None,
+    ends: tuple[Measure | None, Measure | None] = (None, None),
+) -> tuple[Problem, Report]:
+    """The inverse of `pack_problem`."""
     try:
         reference = _unpack_reference(header["reference"], tensors, reference)
-        mu, nu = (_unpack_measure(header[side], tensors, side) for side in ("mu", "nu"))
+        mu, nu = (
+            _unpack_measure(header[side], tensors, side, given) for side, given in zip(("mu", "nu"), ends, strict=True)
+        )
         relax = tuple(math.inf if rho is None else rho for rho in header["relax"])
-        result = getattr(torch, header["result_dtype"])
-        if not isinstance(result, torch.dtype) or not result.is_floating_point:
-            raise TypeError(f"{header['result_dtype']} is not a floating dtype")
+        result = _dtype(header["result_dtype"])
         # a file is input like any other: the same checks at the same door
         problem = replace(
             Problem.of(mu, nu, header["eps"], reference, None, relax), result_dtype=result, notes=tuple(header["notes"])
@@ -70,28 +107,29 @@ def unpack(
                 "notes": tuple(said["notes"]),
             }
         )
-        phi, psi = (_unpack_potential(header[side], tensors, side) for side in ("phi", "psi"))
-        _check_potential(phi, mu)
-        _check_potential(psi, nu)
-    except (InvalidFile, NeedsReference):
+    except (InvalidFile, Needs):
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as fault:
         raise InvalidFile(f"the file does not hold a bridge ({fault!r}); save it again") from None
-    return problem, phi, psi, report
+    return problem, report
 
 
-class NeedsReference(InvalidProblem):
-    """The file and the reference given to `load` do not fit together."""
+class Needs(InvalidProblem):
+    """The file and what was given to `load` beside it do not fit together."""
 
 
 def _check_potential(potential: Potential, measure: Measure) -> None:
-    if isinstance(potential, Atoms):
+    if isinstance(potential, Atoms) and not potential.points.dtype.is_floating_point:
         fits = isinstance(measure, Discrete) and potential.log_weights.shape == measure.weights.shape
+    elif isinstance(potential, Atoms):
+        fits = potential.points.shape == (*potential.log_weights.shape, *measure.event_shape)
+        fits = fits and potential.log_weights.shape[:-1] == measure.batch_shape
     else:
         assert isinstance(potential, Quadratics)
         b, (d,), k = measure.batch_shape, measure.event_shape, potential.logits.shape[-1:]
         shapes = [part.shape for part in (potential.logits, potential.means, potential.covs, potential.growth)]
-        fits = isinstance(measure, Gaussian) and shapes == [(*b, *k), (*b, *k, d), (*b, *k, d, d), (*b, d, d)]
+        fits = shapes == [(*b, *k), (*b, *k, d), (*b, *k, d, d), (*b, d, d)]
+        fits = fits and (potential.origin is None or potential.origin.shape == (*b, d))
     if not fits:
         raise ValueError("a potential does not fit its measure")
 
@@ -105,24 +143,66 @@ def _pack_measure(measure: Measure, put: Any, side: str) -> Header:
         return {"kind": "Discrete", "parts": put(side, {"points": measure.points, "weights": measure.weights})}
     if isinstance(measure, Gaussian):
         return {"kind": "Gaussian", "parts": put(side, {"mean": measure.mean, "cov": measure.cov})}
+    if isinstance(measure, Mixture):
+        parts = {"logits": measure.logits, "means": measure.components.mean, "covs": measure.components.cov}
+        return {"kind": "Mixture", "parts": put(side, parts)}
+    if isinstance(measure, Sampler):
+        dtype = str(measure.source_dtype).removeprefix("torch.")
+        return {"kind": "Sampler", "event_shape": list(measure.event_shape), "dtype": dtype}
     raise Unsupported(f"a {type(measure).__name__} cannot be written to a file; save samples of it instead")
 
 
-def _unpack_measure(said: Header, tensors: Tensors, side: str) -> Measure:
+def _unpack_measure(said: Header, tensors: Tensors, side: str, given: Measure | None) -> Measure:
+    if said["kind"] == "Sampler":
+        return _missing(said, side) if given is None else _fitting(said, side, given)
+    if given is not None:
+        raise Needs(f"the file holds its own {side} ({said['kind']}); load it without {side}=")
     parts = {name: tensors[f"{side}.{name}"] for name in said["parts"]}
     if said["kind"] == "Discrete":
         return Discrete(parts.get("points"), parts["weights"])
     if said["kind"] == "Gaussian":
         return Gaussian(parts["mean"], parts["cov"])
+    if said["kind"] == "Mixture":
+        return Mixture(parts["logits"], parts["means"], parts["covs"])
     raise InvalidFile(f"the file holds an unknown measure {said['kind']!r}; upgrade sbot")
 
 
-def _pack_potential(potential: Potential, put: Any, side: str) -> Header:
+def _missing(said: Header, side: str) -> Sampler:
+    """A sampler whose function stayed behind: all that does not draw from it still works."""
+
+    def draw(n: int, generator: torch.Generator | None) -> Tensor:
+        raise Unsupported(
+            f"{side} was a Sampler, whose function a file cannot hold; give it again: sbot.load(path, {side}=...)"
+        )
+
+    shape = tuple(int(size) for size in said["event_shape"])
+    return Sampler(draw, shape, like=torch.empty(0, dtype=_dtype(said["dtype"])))
+
+
+def _fitting(said: Header, side: str, given: Measure) -> Measure:
+    shape, dtype = tuple(said["event_shape"]), _dtype(said["dtype"])
+    if given.event_shape != shape or given.batch_shape:
+        raise Needs(
+            f"{side} has samples of shape {(*given.batch_shape, *given.event_shape)} and the bridge was solved with "
+            f"{shape}; give the measure it was solved with"
+        )
+    return given if given.source_dtype == dtype else given.to(dtype=dtype)
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"{name} is not a floating dtype")
+    return dtype
+
+
+def _pack_potential(potential: Potential, put: Any, side: str, measure: Measure) -> Header:
     if isinstance(potential, Atoms):
-        # the points are those of the measure, and stored with it
-        return {"kind": "Atoms", "parts": put(side, {"log_weights": potential.log_weights})}
+        # points that are those of the measure are stored with it
+        own = None if potential.lies_on(measure) else potential.points
+        return {"kind": "Atoms", "parts": put(side, {"log_weights": potential.log_weights, "points": own})}
     if isinstance(potential, Quadratics):
-        parts = {name: getattr(potential, name) for name in ("logits", "means", "covs", "growth")}
+        parts = {name: getattr(potential, name) for name in ("logits", "means", "covs", "growth", "origin")}
         return {"kind": "Quadratics", "parts": put(side, parts)}
     raise Unsupported(f"a {type(potential).__name__} cannot be written to a file; write its state yourself")
 
@@ -133,6 +213,8 @@ def _unpack_potential(said: Header, tensors: Tensors, side: str) -> Potential:
         return Quadratics(**parts)
     if said["kind"] != "Atoms":
         raise InvalidFile(f"the file holds an unknown potential {said['kind']!r}; upgrade sbot")
+    if "points" in parts:
+        return Atoms(parts["points"], parts["log_weights"])
     points = tensors.get(f"{'mu' if side == 'phi' else 'nu'}.points")
     if points is None or "cost.values" in tensors:
         return Atoms(torch.arange(parts["log_weights"].shape[-1]), parts["log_weights"], points)
@@ -171,11 +253,11 @@ def _pack_cost(cost: Cost, put: Any) -> Header:
 def _unpack_reference(said: Header, tensors: Tensors, given: Reference | None) -> Reference:
     kind = said["kind"]
     if given is not None and kind != "custom":
-        raise NeedsReference(f"the file holds its own reference ({kind}); load it without reference= or cost=")
+        raise Needs(f"the file holds its own reference ({kind}); load it without reference= or cost=")
     if given is not None:
         return given
     if kind == "custom":
-        raise NeedsReference(
+        raise Needs(
             f"the file was solved with a reference or cost of your own, {said['name']}, which a file cannot hold; "
             "give it again: sbot.load(path, reference=...) or sbot.load(path, cost=...)"
         )

@@ -29,6 +29,7 @@ from torch import Generator, Tensor
 from . import io
 from .arrays import as_count
 from .bridge import Bridge
+from .drift_bridge import DriftBridge
 from .errors import InvalidProblem, Unsupported
 from .measures import Discrete, Gaussian, Measure
 
@@ -122,6 +123,8 @@ def plan(bridge: Bridge, *, n: int = 500, generator: Generator | None = None) ->
     """The plan: its density in one dimension, its pairs in two, a heat map of atoms or a covariance beyond."""
     mu, nu = bridge.problem.mu, bridge.problem.nu
     d = mu.event_shape[0] if mu.event_shape == nu.event_shape and mu.event_shape else 0
+    if isinstance(bridge, DriftBridge) and len(mu.event_shape) == 1 and d <= 2:
+        return _pairs(bridge, n, generator)  # known by its samples, whatever the ends are
     if isinstance(mu, Gaussian):
         if d > 2:
             return _covariance(bridge)
@@ -253,6 +256,7 @@ def _pairs(bridge: Bridge, n: int, generator: Generator | None) -> Figure:
     """Lines between ends: every pair as dark as its mass where there are few, else pairs drawn from the plan."""
     mu, nu = bridge.problem.mu, bridge.problem.nu
     every = isinstance(mu, Discrete) and isinstance(nu, Discrete) and mu.n * nu.n <= n
+    every = every and not isinstance(bridge, DriftBridge)
     if every:
         assert isinstance(mu, Discrete) and isinstance(nu, Discrete)
         mass = _array(bridge.plan()).ravel()
@@ -359,7 +363,7 @@ def convergence(bridge: Bridge) -> Figure:
         # an error of exactly 0 has no logarithm; it is drawn at the rounding unit
         axes.semilogy(iterations[here], error[here].clip(min=1e-16), ".-", color=colour, label=f"eps = {stage:.3g}")
     axes.axhline(report.tolerance or 1e-16, color="black", ls="--", lw=1, label=f"tolerance {report.tolerance:.1e}")
-    axes.set(xlabel="iteration", ylabel="relative L1 error of the marginals")
+    axes.set(xlabel="iteration", ylabel="error of the marginals")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize="small")
     return figure

@@ -12,9 +12,9 @@ from . import linalg
 from .arrays import DTYPES, compute_dtype
 from .bridge import Bridge, DualPotential, Potentials, Report, in_result_dtype
 from .costs import MatrixCost
-from .coupling import Coupling, DiscreteCoupling, GaussianCoupling, damping
+from .coupling import Coupling, DiscreteCoupling, GaussianCoupling, SampledCoupling, damping
 from .errors import InvalidProblem, Unsupported
-from .measures import Discrete, Measure
+from .measures import Discrete, Gaussian, Measure
 from .pack import pack
 from .potentials import Atoms, Potential, Tilted
 from .problem import Problem
@@ -31,11 +31,7 @@ class PotentialBridge(Bridge):
 
     def __init__(self, problem: Problem, phi: Potential, psi: Potential, report: Report) -> None:
         self.problem, self.phi, self.psi, self.report = problem, phi, psi, report
-        self.coupling: Coupling
-        if isinstance(phi, Atoms) and isinstance(psi, Atoms):
-            self.coupling = DiscreteCoupling(problem, phi, psi)
-        else:
-            self.coupling = GaussianCoupling(problem)
+        self.coupling: Coupling = _coupling(problem, phi, psi)
 
     # ---- static ----------------------------------------------------------------------------------------------------
 
@@ -79,7 +75,7 @@ class PotentialBridge(Bridge):
     @in_result_dtype
     def _dual_values(self) -> tuple[Tensor, Tensor]:
         if not isinstance(self.coupling, DiscreteCoupling):
-            raise Unsupported("a Gaussian has no atoms; call the potential at points: potentials().f(x)")
+            raise Unsupported("the plan has no atoms; call the potential at points: potentials().f(x)")
         return self.coupling.dual_values()
 
     # ---- dynamic ---------------------------------------------------------------------------------------------------
@@ -88,7 +84,7 @@ class PotentialBridge(Bridge):
         time = self._time(s, "s")
         if x is None and time > 0:
             raise Unsupported(f"the atoms of mu are places at s = 0, not at s = {time:g}; give points x")
-        if x is None and not isinstance(self.phi, Atoms):
+        if x is None and not isinstance(self.problem.mu, Discrete):
             raise Unsupported("mu has no atoms; give points x, such as mu.sample(1000)")
         # at the atoms the map moves with them through psi too: no gradient is better than a part of one
         points = self.problem.sites[0].detach() if x is None else self._points(x)
@@ -217,3 +213,13 @@ class PotentialBridge(Bridge):
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return pack(self.problem, self.phi, self.psi, self.report)
+
+
+def _coupling(problem: Problem, phi: Potential, psi: Potential) -> Coupling:
+    mu, nu = problem.mu, problem.nu
+    if isinstance(phi, Atoms) and isinstance(psi, Atoms):
+        if phi.lies_on(mu) and psi.lies_on(nu):
+            return DiscreteCoupling(problem, phi, psi)
+    elif isinstance(mu, Gaussian) and isinstance(nu, Gaussian) and not isinstance(phi, Atoms):
+        return GaussianCoupling(problem)
+    return SampledCoupling(problem, phi, psi)

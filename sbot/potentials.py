@@ -16,7 +16,7 @@ from . import linalg
 from .costs import Cost, TransitionCost
 from .errors import Unsupported
 from .kernels import LogKernel, make_kernel
-from .measures import categorical
+from .measures import Discrete, Measure, categorical
 
 
 class Tilted(ABC):
@@ -86,6 +86,13 @@ class Atoms(Potential):
         cost = TransitionCost(one, zero, cov)
         constant = linalg.log_gaussian_constant(cov, obs.shape[-1])
         return TiltedAtoms(self, make_kernel(cost, obs, self.points), 1.0, -constant, obs, cov)
+
+    def lies_on(self, measure: Measure) -> bool:
+        """Whether the atoms are those of ``measure``, in its order; numbered ones are told by their count."""
+        if not isinstance(measure, Discrete) or self.log_weights.shape != measure.weights.shape:
+            return False
+        numbered = not self.points.dtype.is_floating_point
+        return numbered or (measure.points is not None and torch.equal(self.points, measure.points.detach()))
 
     def weigh(self, obs: Tensor, cost: Cost, eps: float) -> TiltedAtoms:
         """Times ``exp(-C(obs_i, y) / eps)``, for a reference that knows only its cost."""
@@ -164,7 +171,7 @@ class TiltedAtoms(Tilted):
 
 @final
 class Quadratics(Potential):
-    """``sum_k exp(logits_k) N(y; means_k, covs_k) exp(y' W y / 2)``: mixtures of exponentials of quadratics.
+    """``sum_k exp(logits_k) N(y; means_k, covs_k) exp((y - o)' W (y - o) / 2)``: mixtures of exponentials of quadratics.
 
     The precision ``covs_k^-1 - W`` may be indefinite (the end is wider than the reference spreads) and ``covs_k`` may be
     singular (a degenerate end): the form keeps both bounded, where the information form has an infinite precision.
@@ -173,10 +180,18 @@ class Quadratics(Potential):
     ----------
     logits : ``(*b, K)``.  means : ``(*b, K, d)``.  covs : ``(*b, K, d, d)``.
     growth : the matrix ``W``, ``(*b, d, d)``: the precision of the reference's transition.
+    origin : the point ``o``, ``(*b, d)``; None is zero.  Near the places it will be seen from, weights of components far
+        from zero keep their digits.
     """
 
-    def __init__(self, logits: Tensor, means: Tensor, covs: Tensor, growth: Tensor) -> None:
-        self.logits, self.means, self.covs, self.growth = logits, means, covs, growth
+    def __init__(
+        self, logits: Tensor, means: Tensor, covs: Tensor, growth: Tensor, origin: Tensor | None = None
+    ) -> None:
+        self.logits, self.means, self.covs, self.growth, self.origin = logits, means, covs, growth, origin
+
+    def centred(self, y: Tensor) -> Tensor:
+        """``y - o`` for ``(*b, n, d)``."""
+        return y if self.origin is None else y - self.origin[..., None, :]
 
     def tilt(self, obs: Tensor, cov: Tensor) -> TiltedQuadratics:
         return TiltedQuadratics(self, obs, linalg.matrix(cov, obs.shape[-1]))
@@ -192,7 +207,8 @@ class Quadratics(Potential):
         r = (y[..., None, :, :] - self.means[..., :, None, :]).mT
         white = torch.linalg.solve_triangular(factor, r, upper=False)
         constant = linalg.log_gaussian_constant(self.covs, y.shape[-1])
-        grown = ((y @ self.growth) * y).sum(-1)
+        from_origin = self.centred(y)
+        grown = ((from_origin @ self.growth) * from_origin).sum(-1)
         each = self.logits[..., None] - constant[..., None] - white.square().sum(-2) / 2 + grown[..., None, :] / 2
         return each.mT
 
@@ -200,11 +216,14 @@ class Quadratics(Potential):
         share = self._component_log_density(y).softmax(-1)
         r = y[..., None, :, :] - self.means[..., :, None, :]
         each = -torch.linalg.solve(self.covs, r.mT).mT
-        return torch.einsum("...nk,...knd->...nd", share, each) + y @ self.growth
+        return torch.einsum("...nk,...knd->...nd", share, each) + self.centred(y) @ self.growth
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Quadratics:
-        parts = (self.logits, self.means, self.covs, self.growth)
-        return Quadratics(*(part.to(dtype=dtype, device=device) for part in parts))
+        def move(part: Tensor) -> Tensor:
+            return part.to(dtype=dtype, device=device)
+
+        origin = None if self.origin is None else move(self.origin)
+        return Quadratics(move(self.logits), move(self.means), move(self.covs), move(self.growth), origin)
 
 
 @final
@@ -223,7 +242,8 @@ class TiltedQuadratics(Tilted):
         cov = cov[..., None, :, :] if cov.ndim > 2 else cov
         precision = torch.linalg.inv(cov)
         r = obs[..., None, :, :] - psi.means[..., :, None, :]  # (*b, K, n, d)
-        pull = psi.means[..., None, :] @ growth  # (*b, K, 1, d): (W m)'
+        means = psi.centred(psi.means)[..., None, :]
+        pull = means @ growth  # (*b, K, 1, d): (W (m - o))', and below m stands for m - o
 
         roots = linalg.sqrtm(covs)
         eye = torch.eye(d, dtype=obs.dtype, device=obs.device)
@@ -236,7 +256,7 @@ class TiltedQuadratics(Tilted):
         rest = torch.linalg.solve(left, (pull @ covs).mT).mT  # g(0)
         slope = (r @ growth) @ covs - r
         self._component_score = rest + torch.linalg.solve(left, slope.mT).mT  # (*b, K, n, d)
-        start = (pull * (psi.means[..., None, :] + pull @ self.component_covs)).sum(-1) / 2
+        start = (pull * (means + pull @ self.component_covs)).sum(-1) / 2
         self._component_log_mass = (
             psi.logits[..., None]
             + start

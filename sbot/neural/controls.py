@@ -13,6 +13,7 @@ from ..arrays import require_finite
 from ..errors import InvalidProblem
 from ..problem import INF, Problem
 from ..reference import Process
+from .fit import own_randomness
 from .nets import Directed, check_net, default_net, own_copy, takes_direction
 
 #: Samples of each marginal from which the units of the data are taken.
@@ -74,8 +75,9 @@ def networks(problem: Problem, net: Any, count: int, generator: torch.Generator)
             raise InvalidProblem(f"net has {len(given)} networks; give one, or (forward, backward)")
         nets = tuple(own_copy(one, "net") for one in given)
     nets = tuple(one.to(like) for one in nets)
-    for one in nets:
-        check_net(one, event, like, takes_direction(one))
+    with own_randomness(problem.device, 0):
+        for one in nets:
+            check_net(one, event, like, takes_direction(one))
     return nets
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from os import PathLike
+from os import PathLike, fspath
 from typing import Any, final
 
 import torch
@@ -89,6 +91,7 @@ class FitConfig:
             raise InvalidProblem(f"accumulate is {self.accumulate} for a batch of {self.batch}; give at most the batch")
         if self.resume not in ("auto", "never", "force"):
             raise InvalidProblem(f"resume is {self.resume!r}; give 'auto', 'never' or 'force'")
+        _check_folder(self.folder)
         if not isinstance(self.callbacks, tuple) or not all(callable(call) for call in self.callbacks):
             raise InvalidProblem("callbacks must be a tuple of functions of Progress; give callbacks=(function,)")
 
@@ -98,12 +101,20 @@ class FitConfig:
         return self.lr * rise * (0.01 + 0.99 * (1 + math.cos(math.pi * step / total)) / 2)
 
 
+def _check_folder(folder: Any) -> None:
+    if folder is not None and not (isinstance(folder, (str, PathLike)) and fspath(folder)):
+        raise InvalidProblem(f"folder is {folder!r}; give the name of a folder, or None to keep nothing")
+
+
 @final
 class Trainer:
     """One network, its optimiser and the moving average of its weights."""
 
     def __init__(self, name: str, module: nn.Module, config: FitConfig, group: Group) -> None:
+        if torch.is_inference_mode_enabled():
+            raise InvalidProblem("networks cannot be trained in inference mode; leave torch.inference_mode() first")
         self.name, self.module, self.config, self.group = name, module, config, group
+        group.share([*module.parameters(), *module.buffers()])
         self.averaged = copy.deepcopy(module).eval().requires_grad_(False)
         self.parameters: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
         if not self.parameters:
@@ -115,16 +126,48 @@ class Trainer:
         )
         self._run: Any = torch.compile(module) if config.compile else module
 
-    def step(self, batch: tuple[Tensor, ...], loss: RowLoss, step: int, total: int, stop: bool) -> tuple[float, bool]:
-        """One optimiser step on the mean of ``loss`` over ``batch``: the loss, and whether any process wants to stop.
+    def step(
+        self, batch: tuple[Tensor, ...], loss: RowLoss, step: int, total: int, noted: int = 0, seed: int = 0
+    ) -> tuple[float, int]:
+        """One optimiser step on the mean of ``loss`` over ``batch``: the loss, and the signal that any process noted, or 0.
 
+        ``seed`` is of the random numbers that the network itself draws, such as dropout; those of each process differ.
         Raises `NumericalError` where the loss or its gradient is not finite; the weights are then as they were before.
         """
+        device = batch[0].device
+        self._optimizer.zero_grad(set_to_none=True)
+        with own_randomness(device, seed * self.group.size + self.group.rank):
+            sum_loss = self._gradient(batch, loss)
+        if self.group.size > 1:
+            for p in self.parameters:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            told = [float(sum_loss), float(noted == signal.SIGINT), float(noted == signal.SIGTERM)]
+            heard = torch.tensor(told, dtype=self.parameters[0].dtype, device=device)
+            self.group.sum([*(p.grad for p in self.parameters if p.grad is not None), heard])
+            sum_loss = heard[0]
+            noted = signal.SIGTERM if heard[2] > 0 else signal.SIGINT if heard[1] > 0 else 0
+        clip = math.inf if self.config.clip is None else self.config.clip
+        norm = nn.utils.clip_grad_norm_(self.parameters, clip)
+        said = float(sum_loss)
+        if not (math.isfinite(said) and math.isfinite(float(norm))):
+            raise NumericalError(
+                f"the loss of network {self.name!r} at step {step} is {said:.3g} with a gradient of norm "
+                f"{float(norm):.3g}; the weights are those before the step: give a smaller lr or clip, or look for extreme "
+                "values in the data"
+            )
+        for settings in self._optimizer.param_groups:
+            settings["lr"] = self.config.rate(step, total)
+        self._optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(self._averages, self.parameters, max(1 - self.config.ema, 1 / (step / 10 + 1)))
+        return said, int(noted)
+
+    def _gradient(self, batch: tuple[Tensor, ...], loss: RowLoss) -> Tensor:
+        """Leave this process's share of the gradient in the parameters; its share of the mean loss."""
         n, device = len(batch[0]), batch[0].device
         mine = self.group.rows(n)
         parts = [tensor[mine].tensor_split(self.config.accumulate) for tensor in batch]
         sum_loss = torch.zeros((), dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
-        self._optimizer.zero_grad(set_to_none=True)
         with torch.enable_grad():
             for part in zip(*parts, strict=True):
                 if len(part[0]) == 0:
@@ -134,26 +177,7 @@ class Trainer:
                 share = rows.sum() / n
                 torch.autograd.backward(share)
                 sum_loss += share.detach()
-        if self.group.size > 1:
-            for p in self.parameters:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            told = torch.tensor([float(sum_loss), float(stop)], dtype=self.parameters[0].dtype, device=device)
-            self.group.sum([*(p.grad for p in self.parameters if p.grad is not None), told])
-            sum_loss, stop = told[0], bool(told[1] > 0)
-        clip = math.inf if self.config.clip is None else self.config.clip
-        norm = nn.utils.clip_grad_norm_(self.parameters, clip)
-        said = float(sum_loss)
-        if not (math.isfinite(said) and math.isfinite(float(norm))):
-            raise NumericalError(
-                f"the loss of {self.name} at step {step} is {said:.3g} with a gradient of norm {float(norm):.3g}; "
-                "the weights are those before the step: give a smaller lr or clip, or look for extreme values in the data"
-            )
-        for settings in self._optimizer.param_groups:
-            settings["lr"] = self.config.rate(step, total)
-        self._optimizer.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(self._averages, self.parameters, max(1 - self.config.ema, 1 / (step / 10 + 1)))
-        return said, stop
+        return sum_loss
 
     @property
     def average(self) -> nn.Module:
@@ -184,6 +208,14 @@ class Trainer:
             state.setdefault(int(index), {})[name] = value
         settings = self._optimizer.state_dict()
         self._optimizer.load_state_dict({"state": state, "param_groups": settings["param_groups"]})
+
+
+@contextmanager
+def own_randomness(device: torch.device, seed: int) -> Iterator[None]:
+    """Whatever draws from torch's global generators inside draws from ``seed``; they are left as they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed % 2**63)
+        yield
 
 
 def _has_fused(parameters: list[Tensor]) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
@@ -14,13 +13,15 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from ..bridge import Bridge
 from ..distributed import Group
-from ..errors import InvalidFile
+from ..errors import InvalidFile, InvalidProblem
 from ..measures import Discrete, Gaussian, Measure, Mixture
 from ..problem import Problem
 from ..progress import Progress
+from ..reference import LinearReference, Reference
 from .fit import FitConfig, RowLoss, Trainer
-from .run import Run
+from .run import Run, leave
 
 #: Of what a checkpoint holds; runs of another one are refused.
 VERSION = 1
@@ -54,23 +55,51 @@ class Training:
         self.residual, self.tolerance = math.nan, math.nan
         self.stopped = False
         self.seconds = 0.0
+        self._asking = bool(config.callbacks)
         self._report = report
         self._run = Run(config.folder, group)
         self._shown = self._started = time.perf_counter()
 
     def __enter__(self) -> Training:
-        self._run.__enter__()
         try:
-            found = self._run.load(self.identity, self.config.resume)
-            if found is not None:
-                self._restore(*found)
+            self._together(self._open())
         except BaseException:
             self._run.__exit__()
             raise
         return self
 
-    def __exit__(self, *fault: object) -> None:
-        self._run.__exit__(*fault)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._run.__exit__()
+        if kind is None and self._run.signal:  # it came after the last step
+            leave(self._run.signal)
+
+    def _open(self) -> Exception | None:
+        """Open the folder and go to where its run stands; what went wrong, where something did."""
+        try:
+            self._run.__enter__()
+            found = self._run.load(self.identity, self.config.resume)
+            if found is not None:
+                self._restore(*found)
+        except Exception as fault:
+            return fault
+        return None
+
+    def _together(self, fault: Exception | None) -> None:
+        """See to it that every process starts from the same place, or none does."""
+        group, device = self.group, self.problem.device
+        if group.any(fault is not None, device):
+            raise fault or InvalidProblem("another process of the group could not start; see its error")
+        if not group.same(json.dumps(self.identity), device):
+            raise InvalidProblem(
+                "the processes of the group were given different problems or settings; give each of them the same, the "
+                "seed included: they share out the rows themselves"
+            )
+        stands = json.dumps([self.cursor, self.done]) + digest(self.generator.get_state())
+        if not group.same(stands, device):
+            raise InvalidProblem(
+                "the processes of the group would go on from different checkpoints; give folder= a place that all see"
+            )
+        self._asking = group.any(bool(self.config.callbacks), device)
 
     # ---- one step --------------------------------------------------------------------------------------------------
 
@@ -79,7 +108,7 @@ class Training:
 
         ``cursor`` must already say where to go on after this step.
         """
-        said, stop = trainer.step(batch, loss, step, total, self._run.signal is not None)
+        said, stop = trainer.step(batch, loss, step, total, self._run.signal, self._seed())
         self.done += 1
         now = time.perf_counter()
         if self.config.callbacks or now - self._shown > 0.2:
@@ -88,18 +117,18 @@ class Training:
             if self.group.first:
                 self._report(state)
             answers = [call(state) for call in self.config.callbacks]  # each of them is called
-            asked = any(answer is True for answer in answers)
-            # callbacks may differ between processes, and all must stop at the same step
-            self.stopped |= self.group.any(asked, trainer.parameters[0].device) if self.config.callbacks else asked
-        if self._run.folder is None:
-            return
+            self.stopped |= any(answer is True for answer in answers)
+        if self._asking:  # callbacks may differ between processes, and all must stop at the same step
+            self.stopped = self.group.any(self.stopped, self.problem.device)
         if stop:
             self.save()
-            if self._run.signal == signal.SIGTERM:
-                raise SystemExit(128 + signal.SIGTERM)
-            raise KeyboardInterrupt
+            leave(stop)
         if self.done % self.config.save_every == 0:
             self.save()
+
+    def _seed(self) -> int:
+        """Of what a network draws in this step; the same after a resume."""
+        return self.config.seed * 1_000_003 + self.done
 
     def save(self, *, best: bool = False) -> None:
         """Write a checkpoint, where there is a folder."""
@@ -123,18 +152,26 @@ class Training:
         """Seconds spent, those before a resume included."""
         return self.seconds + time.perf_counter() - self._started
 
-    def _restore(self, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    def _restore(self, header: dict[str, Any], tensors: dict[str, Tensor], same: bool) -> None:
         try:
             device = self.problem.device
             for trainer in self.trainers:
                 prefix = f"{trainer.name}."
                 trainer.restore({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-            self.generator.set_state(tensors["generator"])
-            self.kept = {k.removeprefix("kept."): v.to(device) for k, v in tensors.items() if k.startswith("kept.")}
-            self.cursor = {str(key): int(value) for key, value in header["cursor"].items()}
+            cursor = {str(key): int(value) for key, value in header["cursor"].items()}
+            if cursor.keys() != self.cursor.keys() or min(cursor.values()) < 0:
+                raise ValueError(f"it stands at {sorted(cursor)}, not at {sorted(self.cursor)}")
+            self.cursor = cursor
             self.history = [(int(row[0]), float(row[1]), float(row[2])) for row in header["history"]]
+            self.residual = self.history[-1][2] if self.history else math.nan
             self.done, self.seconds = int(header["done"]), float(header["seconds"])
-        except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as fault:
+            if same:
+                self.generator.set_state(tensors["generator"])
+                self.kept = {k.removeprefix("kept."): v.to(device) for k, v in tensors.items() if k.startswith("kept.")}
+            else:  # what was simulated is of other settings: simulate anew, with other numbers
+                self.generator.manual_seed(self._seed())
+                self.cursor["refill"] = self.cursor["step"]
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, IndexError) as fault:
             raise InvalidFile(
                 f"the checkpoint in {self._run.folder} does not fit these networks ({fault}); give another folder="
             ) from None
@@ -143,19 +180,25 @@ class Training:
 # ---- what a checkpoint is of ---------------------------------------------------------------------------------------
 
 
-def identity(problem: Problem, solver: Any, nets: tuple[nn.Module, ...]) -> dict[str, Any]:
+def identity(problem: Problem, solver: Any, nets: tuple[nn.Module, ...], init: Bridge | None = None) -> dict[str, Any]:
     """Plain data that two runs share exactly when one may go on from the other."""
     return {
         "version": VERSION,
-        "problem": {
-            "mu": _measure(problem.mu),
-            "nu": _measure(problem.nu),
-            "eps": problem.eps,
-            "reference": repr(problem.reference),
-            "dtype": str(problem.dtype),
-        },
+        "problem": _problem(problem),
+        "device": problem.device.type,
         "solver": _plain(solver),
         "networks": [_network(net) for net in nets],
+        "init": _plain(init),
+    }
+
+
+def _problem(problem: Problem) -> dict[str, Any]:
+    return {
+        "mu": _measure(problem.mu),
+        "nu": _measure(problem.nu),
+        "eps": problem.eps,
+        "reference": _reference(problem.reference),
+        "dtype": str(problem.dtype),
     }
 
 
@@ -165,12 +208,16 @@ _FREE = ("folder", "save_every", "resume", "callbacks")
 
 def _plain(obj: Any) -> Any:
     if is_dataclass(obj) and not isinstance(obj, type):
-        named = {f.name: _plain(getattr(obj, f.name)) for f in fields(obj) if f.name not in _FREE}
+        named = {f.name: _plain(getattr(obj, f.name)) for f in fields(obj) if f.name not in (*_FREE, "net")}
         return {"kind": type(obj).__name__} | named
     if isinstance(obj, (tuple, list)):
         return [_plain(item) for item in obj]
     if isinstance(obj, Tensor):
         return digest(obj)
+    if isinstance(obj, nn.Module):  # one that is only asked, such as a score
+        return _network(obj) + " " + "".join(digest(value)[:8] for value in obj.state_dict().values())
+    if isinstance(obj, Bridge):
+        return {"kind": type(obj).__name__, "problem": _problem(obj.problem), "iterations": obj.report.iterations}
     if obj is None or isinstance(obj, (bool, int, float, str)):
         return obj if not isinstance(obj, float) or math.isfinite(obj) else repr(obj)
     return type(obj).__name__
@@ -180,6 +227,14 @@ def _network(net: nn.Module) -> str:
     """The shapes of a network; its numbers change in training."""
     shapes = {name: list(value.shape) for name, value in net.state_dict().items()}
     return type(net).__name__ + " " + hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
+
+
+def _reference(reference: Reference) -> str:
+    """Its name, and the numbers of a linear one; of a drift that is a function there is only the name."""
+    if not isinstance(reference, LinearReference):
+        return repr(reference)
+    numbers = [part for t in (0.0, 0.3, 1.0) for part in reference.coefficients(t)]
+    return f"{reference!r} " + hashlib.sha256("".join(map(digest, numbers)).encode()).hexdigest()[:16]
 
 
 def _measure(measure: Measure) -> str:

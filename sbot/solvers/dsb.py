@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..arrays import as_count, as_number
 from ..bridge import Bridge, Report
 from ..distributed import current
-from ..drift_bridge import Base, BridgeBase, DriftBridge, EquilibriumBase, ScoreBase, Steering
+from ..drift_bridge import DriftBridge
 from ..errors import InvalidProblem, NotConverged
 from ..neural.cache import Cache, shuffled
 from ..neural.controls import controls, draw, networks, refusal
@@ -30,7 +30,8 @@ from ..problem import Problem
 from ..progress import reporting
 from ..reference import LinearReference, Process
 from ..sde import Chain, as_grid, grid_times, walk
-from .base import Solver
+from ..steering import Base, BridgeBase, EquilibriumBase, ScoreBase, Steering
+from .base import Solver, brief
 
 TARGETS = ("drift", "mean", "simplified")
 #: Gradient steps of a half-step where none are given.
@@ -157,7 +158,7 @@ class _Fitting:
             self.config,
             (self.trainers[1], self.trainers[-1]),
             self.generator,
-            identity(problem, solver, nets),
+            identity(problem, solver, nets, init),
             report,
             self.group,
             (self.half_steps - self.first) * self.count,
@@ -196,20 +197,22 @@ class _Fitting:
         """All half-steps; the reason to stop."""
         training, cursor = self.training, self.training.cursor
         while cursor["half_step"] < self.half_steps:
+            if cursor["step"] == 0 and self._stalled():
+                return "stalled"
             learn = -1 if cursor["half_step"] % 2 == 0 else 1
             while cursor["step"] < self.count and not training.stopped:
                 self._step(learn)
             if training.stopped:
+                training.save()
                 return "callback"
             residual = self._residual(learn)
             best = min([row[2] for row in training.history], default=math.inf)
             training.history.append((cursor["half_step"] + 1, self.problem.eps, residual))
             training.residual = residual
             cursor.update(half_step=cursor["half_step"] + 1, step=0, filled=0, refill=0)
-            training.save(best=residual < best)
+            if residual < best:
+                training.save(best=True)
             training.save()
-            if self._stalled():
-                return "stalled"
         if not training.history:  # a given score and nothing to train
             training.history.append((1, self.problem.eps, self._residual(-1)))
         return "half_steps" if self.solver.half_steps else "rounds"
@@ -270,7 +273,8 @@ class _Fitting:
     def _residual(self, way: int) -> float:
         """How far the direction just learned ends from its marginal."""
         seed = self.config.seed * 1009 + self.training.cursor["half_step"] + 1
-        return marginal_residual(self.problem, self.chain, self.steering(way), way, seed)
+        residual = marginal_residual(self.problem, self.chain, self.steering(way), way, seed)
+        return self.group.agree(residual, self.problem.device)
 
     def _stalled(self) -> bool:
         """No better residual in the last ``patience`` rounds."""
@@ -285,7 +289,7 @@ class _Fitting:
         last = [row[2] for row in training.history[-2:]]
         error = max(last, default=math.inf)
         report = Report(
-            solver=repr(self.solver),
+            solver=brief(self.solver),
             converged=error <= self.solver.tol,
             reason=reason if error > self.solver.tol else "tolerance",
             iterations=training.done,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..arrays import as_count, as_number
 from ..bridge import Bridge, Report
 from ..distributed import current
-from ..drift_bridge import BridgeBase, DriftBridge, Steering
+from ..drift_bridge import DriftBridge
 from ..errors import InvalidProblem
 from ..neural.controls import both_ways, draw, networks, refusal
 from ..neural.fit import FitConfig, Trainer
@@ -27,7 +27,8 @@ from ..problem import Problem
 from ..progress import reporting
 from ..reference import LinearReference
 from ..sde import TABLE, Chain, PinnedTable, as_grid, grid_times, walk
-from .base import Solver
+from ..steering import BridgeBase, Steering
+from .base import Solver, brief
 from .dsb import check_base, control_loss, warn_unless_converged
 
 #: Gradient steps where none are given.
@@ -58,7 +59,7 @@ class DSBM(Solver):
         ``Sinkhorn()`` on all data or ``PlugIn(samples=256)`` on fresh mini-batches; or any bridge.
     hold : share of the training that uses the pairs of ``init``; 1 never simulates.  It is 0 for "zero".
     steps : of simulation: a number, a `TimeGrid`, or times from 0 to 1.
-    order : 1 for Euler-Maruyama, 2 for Heun's scheme.
+    order : 2 for Heun's scheme, two evaluations a step; 1 for Euler-Maruyama, which needs many times the steps.
     pairs : simulated at a time, in each direction.
     refresh : gradient steps between simulations.
     fit : how the network is trained; ``fit.steps`` is 10,000 by default.
@@ -85,8 +86,8 @@ class DSBM(Solver):
     net: nn.Module | tuple[nn.Module, nn.Module] | None = None
     init: str | Solver | Bridge = "zero"
     hold: float = 0.3
-    steps: Any = 20
-    order: int = 1
+    steps: Any = 12
+    order: int = 2
     pairs: int = 4096
     refresh: int = 200
     fit: FitConfig = field(default_factory=FitConfig)
@@ -152,7 +153,7 @@ class _Fitting:
             self.config,
             (self.trainer,),
             self.generator,
-            identity(problem, solver, nets),
+            identity(problem, solver, nets, base),
             report,
             self.group,
             self.count,
@@ -167,7 +168,7 @@ class _Fitting:
             said = init.accepts(problem)
             if said is not None:
                 raise InvalidProblem(f"DSBM: init={type(init).__name__}: {said}")
-            return init if hasattr(init, "pairs") else init.solve(problem)
+            return init  # it solves when its pairs are wanted: after the folder is found fit to write
         if isinstance(init, Bridge):
             if init.problem.mu.event_shape != problem.mu.event_shape or init.problem.device != problem.device:
                 raise InvalidProblem(
@@ -183,9 +184,10 @@ class _Fitting:
         training, cursor = self.training, self.training.cursor
         look = max(1, self.count // 10)
         while cursor["step"] < self.count and not training.stopped:
-            self._step()
-            if cursor["step"] % look == 0 and len(training.history) < cursor["step"] // look:
+            # before the step, for a run that goes on from a checkpoint of just then
+            if cursor["step"] and cursor["step"] % look == 0 and len(training.history) < cursor["step"] // look:
                 self._look()
+            self._step()
         if not training.history or training.history[-1][0] != cursor["step"]:
             self._look()
         training.save()
@@ -264,11 +266,14 @@ class _Fitting:
             ):
                 x = after
             far[way] = self.group.gather(x, n)
+            ends[way] = self.group.gather(start[mine], n)  # draws of processes differ where a sampler has its own seed
         kept["x0"], kept["x1"] = torch.cat([ends[1], far[-1]]), torch.cat([far[1], ends[-1]])
 
     def _taught(self, n: int) -> tuple[Tensor, Tensor]:
         if self.teacher is None:
             return draw(self.problem, "mu", n, self.generator), draw(self.problem, "nu", n, self.generator)
+        if isinstance(self.teacher, Solver) and not hasattr(self.teacher, "pairs"):
+            self.teacher = self.teacher.solve(self.problem)
         if isinstance(self.teacher, Solver):
             x0, x1 = self.teacher.pairs(self.problem, n, generator=self.generator)  # type: ignore[attr-defined]
         else:
@@ -282,10 +287,11 @@ class _Fitting:
         training = self.training
         step = training.cursor["step"]
         seed = self.config.seed * 1009 + step
-        training.residual = max(
+        residual = max(
             marginal_residual(self.problem, self.chain, self.steering(way), way, seed, self.solver.order)
             for way in (1, -1)
         )
+        training.residual = self.group.agree(residual, self.problem.device)
         training.history.append((step, self.problem.eps, training.residual))
 
     def bridge(self, reason: str) -> DriftBridge:
@@ -293,7 +299,7 @@ class _Fitting:
         training = self.training
         error = training.history[-1][2]
         report = Report(
-            solver=repr(self.solver),
+            solver=brief(self.solver),
             converged=error <= self.solver.tol,
             reason=reason if error > self.solver.tol else "tolerance",
             iterations=training.done,

@@ -9,9 +9,10 @@ import torch
 
 import sbot
 from sbot.bridge import Report
-from sbot.drift_bridge import BridgeBase, DriftBridge, Steering
+from sbot.drift_bridge import DriftBridge
 from sbot.reference import LinearReference
 from sbot.sde import TimeGrid
+from sbot.steering import BridgeBase, Steering
 
 F64 = torch.float64
 EPS = 0.8

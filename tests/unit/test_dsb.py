@@ -155,7 +155,8 @@ def test_dsbm_in_five_dimensions() -> None:
 def test_the_tolerances_would_catch_the_usual_mistakes() -> None:
     """An exact bridge with one mistake each: its deviation is far beyond the tolerance of the tests above."""
     from sbot.bridge import Report
-    from sbot.drift_bridge import Base, BridgeBase, DriftBridge, Steering
+    from sbot.drift_bridge import DriftBridge
+    from sbot.steering import Base, BridgeBase, Steering
 
     mu, nu = ends(2)
     exact = sbot.solve_bridge(mu, nu, EPS)
@@ -253,7 +254,7 @@ def test_a_nonlinear_reference_is_fitted_to_both_ends() -> None:
     well = sbot.Diffusion(lambda t, x: x - x**3)
     solver = sbot.DSB(net=net(1), rounds=4, steps=30, fit=fit(250), tol=0.1)
     bridge = sbot.solve_bridge(mu, nu, 0.5, reference=well, solver=solver)
-    x, y = bridge.sample_pairs(8000, generator=torch.Generator().manual_seed(0))
+    _, y = bridge.sample_pairs(8000, generator=torch.Generator().manual_seed(0))
     assert float(y.mean()) == pytest.approx(1.0, abs=0.08)
     assert float(y.var()) == pytest.approx(0.1, abs=0.04)
 

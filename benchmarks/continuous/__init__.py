@@ -1,0 +1,1 @@
+"""Learned bridges against exact answers, floors and published numbers: ``python -m benchmarks continuous``."""
