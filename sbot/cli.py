@@ -163,7 +163,9 @@ def _trained(solver: Solver, **options: Any) -> Solver:
         return solver
     fit = getattr(solver, "fit", None)
     if not isinstance(fit, FitConfig):
-        raise InvalidProblem(f"{type(solver).__name__} trains nothing; drop --fit-steps, --fit-seed, --folder and --force")
+        raise InvalidProblem(
+            f"{type(solver).__name__} trains nothing; drop --fit-steps, --fit-seed, --folder and --force"
+        )
     return _with_options(solver, fit=replace(fit, **given))
 
 
@@ -206,7 +208,9 @@ def commands() -> None:
 @click.option("--max-iter", type=int, help="Iterations in total.")
 @click.option("--fit-steps", type=int, help="Gradient steps of a trained solver; of each half-step for dsb.")
 @click.option("--fit-seed", type=_SEED, help="Seed of a training.")
-@click.option("--folder", type=click.Path(path_type=Path), help="Checkpoints of a training; run again to go on from them.")
+@click.option(
+    "--folder", type=click.Path(path_type=Path), help="Checkpoints of a training; run again to go on from them."
+)
 @click.option("--force", is_flag=True, help="Go on from a training of other settings.")
 @click.option("--dtype", type=click.Choice(["float32", "float64"]), help="Default: as in the files.")
 @click.option("--init", type=_INPUT, help="A bridge to start from.")

@@ -76,6 +76,15 @@ class DriftBridge(Bridge):
     forward, backward : the controls.
     grid : where the chain stands, a `TimeGrid` or times.
     order : 1 for Euler-Maruyama, 2 for Heun's scheme, which takes two evaluations a step and needs fewer steps.
+
+    Examples
+    --------
+    >>> import torch, sbot
+    >>> mu, nu = sbot.Gaussian([0.0], [[1.0]]), sbot.Gaussian([1.0], [[1.0]])
+    >>> solver = sbot.DSBM(pairs=16, tol=10.0, fit=sbot.FitConfig(steps=2, batch=8))
+    >>> bridge = sbot.solve_bridge(mu, nu, 1.0, solver=solver)
+    >>> bridge.using(50, order=1).sample_pairs(3)[1].shape
+    torch.Size([3, 1])
     """
 
     def __init__(

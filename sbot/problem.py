@@ -114,7 +114,9 @@ class Problem:
     def log_normaliser(self) -> Tensor:
         """``log Z`` of the reference's transition density, see `Reference.log_normaliser`."""
         like = torch.empty((), dtype=self.dtype, device=self.device)
-        return self.reference.log_normaliser(math.prod(self.mu.event_shape) if self.mu.event_shape else 0, self.eps, like)
+        return self.reference.log_normaliser(
+            math.prod(self.mu.event_shape) if self.mu.event_shape else 0, self.eps, like
+        )
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Problem:
         """The same problem in another dtype or on another device."""

@@ -89,7 +89,9 @@ def _unpack_net(said: Header, given: Any, name: str, index: int) -> nn.Module:
         )
     pair = given if isinstance(given, (tuple, list)) else (given, given)
     if not all(isinstance(one, nn.Module) for one in pair):
-        raise Needs(f"net is {type(given).__name__}; give a torch.nn.Module of the shape that was trained, or two of them")
+        raise Needs(
+            f"net is {type(given).__name__}; give a torch.nn.Module of the shape that was trained, or two of them"
+        )
     return own_copy(pair[max(index, 1 if name == "backward" else 0) if len(pair) > 1 else 0], "net")
 
 

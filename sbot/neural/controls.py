@@ -14,7 +14,8 @@ from ..errors import InvalidProblem
 from ..problem import INF, Problem
 from ..reference import Process
 from .fit import own_randomness
-from .nets import Directed, check_net, default_net, own_copy, takes_direction
+from .nets import Directed, TimeMLP, check_net, own_copy, takes_direction
+from .unet import UNet
 
 #: Samples of each marginal from which the units of the data are taken.
 LOOK = 4096
@@ -53,6 +54,13 @@ def units(problem: Problem, generator: torch.Generator) -> tuple[Tensor, Tensor,
     unit = ((spread + apart) / noise + problem.eps).sqrt()
     like = torch.empty((), dtype=problem.dtype, device=problem.device)
     return ((a + b) / 2).to(like), scale.to(like), unit.to(like)
+
+
+def default_net(event: tuple[int, ...], directed: bool, generator: torch.Generator) -> nn.Module:
+    """A `TimeMLP` for points, a `UNet` for images ``(c, h, w)``."""
+    if len(event) == 3:
+        return UNet(event, directed=directed, generator=generator)
+    return TimeMLP(math.prod(event), directed=directed, generator=generator)
 
 
 def networks(problem: Problem, net: Any, count: int, generator: torch.Generator) -> tuple[nn.Module, ...]:

@@ -155,15 +155,6 @@ def takes_direction(net: nn.Module) -> bool:
     return len(places) >= 3
 
 
-def default_net(event: tuple[int, ...], directed: bool, generator: torch.Generator) -> nn.Module:
-    """A `TimeMLP` for points, a `UNet` for images ``(c, h, w)``."""
-    if len(event) == 3:
-        from .unet import UNet
-
-        return UNet(event, directed=directed, generator=generator)
-    return TimeMLP(math.prod(event), directed=directed, generator=generator)
-
-
 def own_copy(net: Any, name: str) -> nn.Module:
     """A copy of the caller's module, which stays as it was."""
     if not isinstance(net, nn.Module):

@@ -72,7 +72,7 @@ def test_a_network_of_the_callers_is_given_again(solver_class, tmp_path: Path) -
         sbot.load(path)
     with pytest.raises(sbot.InvalidProblem, match="does not fit the file"):
         sbot.load(path, net=Mine(9))
-    with pytest.raises(sbot.InvalidProblem, match="give a torch.nn.Module"):
+    with pytest.raises(sbot.InvalidProblem, match=r"give a torch\.nn\.Module"):
         sbot.load(path, net=3)
 
 
