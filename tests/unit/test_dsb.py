@@ -103,7 +103,8 @@ def from_iterates(bridge: sbot.DriftBridge) -> float:
 def test_dsb_finds_the_gaussian_bridge(reference: LinearReference, target: str) -> None:
     """Each direction is an exact iterate of proportional fitting under its reference."""
     mu, nu = ends(2)
-    solver = sbot.DSB(net=net(2), steps=40, rounds=2, target=target, fit=fit(300 if target == "mean" else 200), tol=0.1)
+    steps = 40 if target == "simplified" else 80  # the others are first-order approximations
+    solver = sbot.DSB(net=net(2), steps=steps, rounds=2, target=target, fit=fit(400), tol=0.1)
     bridge = sbot.solve_bridge(mu, nu, EPS, reference=reference, solver=solver)
     assert bridge.report.converged and len(bridge.report.history) == 4
     assert from_iterates(bridge) < TOLERANCE
