@@ -141,7 +141,7 @@ def test_dsbm_finds_the_gaussian_bridge(init: str) -> None:
 def test_dsbm_under_other_references(name: str) -> None:
     mu, nu = ends(2)
     exact = sbot.solve_bridge(mu, nu, EPS, reference=REFERENCES[name])
-    solver = sbot.DSBM(net=net(2), init="independent", pairs=2048, refresh=50, fit=fit(600), tol=0.05)
+    solver = sbot.DSBM(net=net(2), init="independent", pairs=4096, refresh=50, fit=fit(1500), tol=0.05)
     bridge = sbot.solve_bridge(mu, nu, EPS, reference=REFERENCES[name], solver=solver)
     assert deviation(bridge, exact.plan()) < TOLERANCE
 
