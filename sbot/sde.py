@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, final
 
 import torch
@@ -260,11 +260,52 @@ def walk(
 
 
 @final
+@dataclass(frozen=True)
+class Pull:
+    r"""The control at time t of a reference pinned at one end: ``gain (there end + shift - here x)``.
+
+    With the law ``N(Phi x + c, eps Q)`` of the transition from t to 1 it is ``R Phi' Q^-1 (x1 - Phi x - c)``; backwards, with
+    that from 0 to t, ``R Q^-1 (Phi x0 + c - x)``.  For Brownian motion ``(x1 - x) / (1 - t)`` and ``(x0 - x) / t``.
+    ``size`` is the mean square of its noise where both ends are pinned.
+    """
+
+    gain: Tensor
+    there: Tensor
+    shift: Tensor
+    here: Tensor
+    size: Tensor
+
+    @classmethod
+    def at(cls, reference: LinearReference, eps: float, t: float, direction: int) -> Pull:
+        """For one time, which is not that of the end pulled to."""
+        root, one = linalg.root(reference.spread(t)), torch.ones((), dtype=torch.float64, device="cpu")
+        law = reference.transition(t, 1.0) if direction > 0 else reference.transition(0.0, t)
+        precision = linalg.inverse(law.cov)
+        if direction > 0:
+            gain = linalg.compose(root, linalg.compose(linalg.transpose(law.phi), precision))
+            there, shift, here = one, -law.shift, law.phi
+        else:
+            gain, there, shift, here = linalg.compose(root, precision), law.phi, law.shift, one
+        moved = linalg.compose(gain, here)
+        spread = eps * reference.pin(0.0, t).cov if 0 < t < 1 else 0 * law.cov
+        noise = linalg.compose(linalg.compose(moved, spread), linalg.transpose(moved))
+        return cls(gain, there, shift, here, noise if noise.ndim == 0 else noise.diagonal().mean())
+
+    def to(self, like: Tensor) -> Pull:
+        """In the dtype and on the device of ``like``."""
+        return Pull(*(getattr(self, field.name).to(like) for field in fields(self)))
+
+    def __call__(self, x: Tensor, end: Tensor) -> Tensor:
+        """The control at points ``x``."""
+        left = linalg.apply(self.there, end) + self.shift - linalg.apply(self.here, x)
+        return linalg.apply(self.gain, left)
+
+
+@final
 class PinnedTable:
     """Bridges of a linear reference at many times at once, and the controls they ask for.
 
-    At time k, ``X_t | x0, x1 ~ N(near x0 + far x1 + shift, eps V)``; the control of the bridge tied to ``x1`` is
-    ``R Phi' Q^-1 (x1 - Phi x - c)``, that of the one tied to ``x0``, backwards, ``-R Q^-1 (x - Phi x0 - c)``.
+    At time k, ``X_t | x0, x1 ~ N(near x0 + far x1 + shift, eps V)``; the controls are those of `Pull`.
     """
 
     def __init__(self, reference: LinearReference, eps: float, like: Tensor) -> None:
@@ -276,32 +317,12 @@ class PinnedTable:
 
     @staticmethod
     def _row(reference: LinearReference, eps: float, t: float) -> dict[str, Tensor]:
-        pin, first, last = reference.pin(0.0, t), reference.transition(0.0, t), reference.transition(t, 1.0)
-        root = linalg.root(reference.spread(t))
-        pull = linalg.compose(root, linalg.compose(linalg.transpose(last.phi), linalg.inverse(last.cov)))
-        push = linalg.compose(root, linalg.inverse(first.cov))
-
-        def size(gain: Tensor, phi: Tensor) -> Tensor:
-            """Mean square of the noise in a target, over the dimensions."""
-            g = linalg.compose(gain, phi)
-            spread = linalg.compose(linalg.compose(g, eps * pin.cov), linalg.transpose(g))
-            return spread if spread.ndim == 0 else spread.diagonal().mean()
-
-        one = torch.ones((), dtype=torch.float64, device="cpu")
-        return {
-            "near": pin.near,
-            "far": pin.far,
-            "shift": pin.shift,
-            "root": linalg.root(eps * pin.cov),
-            "phi_ahead": last.phi,
-            "shift_ahead": last.shift,
-            "pull": pull,
-            "size_ahead": size(pull, last.phi),
-            "phi_behind": first.phi,
-            "shift_behind": first.shift,
-            "push": push,
-            "size_behind": size(push, one),
-        }
+        pin = reference.pin(0.0, t)
+        row = {"near": pin.near, "far": pin.far, "shift": pin.shift, "root": linalg.root(eps * pin.cov)}
+        for name, way in (("ahead", 1), ("behind", -1)):
+            pull = Pull.at(reference, eps, t, way)
+            row |= {f"{part.name}_{name}": getattr(pull, part.name) for part in fields(pull)}
+        return row
 
     def _apply(self, name: str, k: Tensor, x: Tensor) -> Tensor:
         op = self._tables[name][k]
@@ -318,8 +339,8 @@ class PinnedTable:
 
     def target(self, k: Tensor, x: Tensor, end: Tensor, direction: int) -> tuple[Tensor, Tensor]:
         """The control towards ``end``, and the mean square ``(n,)`` of the noise in it."""
-        if direction > 0:
-            left = end - self._apply("phi_ahead", k, x) - self._shift("shift_ahead", k)
-            return self._apply("pull", k, left), self._tables["size_ahead"][k]
-        left = self._apply("phi_behind", k, end) + self._shift("shift_behind", k) - x
-        return self._apply("push", k, left), self._tables["size_behind"][k]
+        name = "ahead" if direction > 0 else "behind"
+        left = (
+            self._apply(f"there_{name}", k, end) + self._shift(f"shift_{name}", k) - self._apply(f"here_{name}", k, x)
+        )
+        return self._apply(f"gain_{name}", k, left), self._tables[f"size_{name}"][k]

@@ -29,11 +29,11 @@ from ..neural.training import Training, identity
 from ..problem import Problem
 from ..progress import reporting
 from ..reference import LinearReference, Process
-from ..sde import Chain, as_grid, grid_times, walk
+from ..sde import Chain, Pull, as_grid, grid_times, walk
 from ..steering import Base, BridgeBase, EquilibriumBase, ScoreBase, Steering
 from .base import Solver, brief
 
-TARGETS = ("drift", "mean", "simplified")
+TARGETS = ("bridge", "simplified", "drift", "mean")
 #: Gradient steps of a half-step where none are given.
 STEPS = 2000
 
@@ -45,6 +45,10 @@ class DSB(Solver):
 
     With ``F_k`` the mean of a step of the process simulated, the other direction is regressed, from ``X_{k+1}``, on
 
+    - "bridge": the control of the reference tied to the end ``X_0`` that the path came from, ``(X_0 - X_t) / t`` for Brownian
+      motion.  Iterates of proportional fitting keep the bridges of their reference, so its mean is the control sought; its
+      noise is smaller by about ``1 / N`` than that of a single step, and the time is continuous: paths take Heun's scheme.
+      In half-step 1 it is denoising score matching.  Only for a linear reference.
     - "mean": ``X_{k+1} + F_k(X_k) - F_k(X_{k+1})``, in units of position (mean matching, their proposition 3);
     - "drift": the same as a drift, the noise scaled to unit size, so that every step weighs the same;
     - "simplified": ``X_k``, in the scale of "drift".  It is the mean of the reversed step itself, of which the other two
@@ -57,7 +61,7 @@ class DSB(Solver):
     steps : a number of steps, a `TimeGrid`, or times from 0 to 1.
     rounds : of two half-steps each.
     half_steps : stop after so many half-steps; 1 is score-based generative modelling of mu.  None is all of them.
-    target : "simplified", "drift" or "mean".
+    target : "bridge", "simplified", "drift" or "mean"; None is "bridge" for a linear reference and "simplified" for others.
     fit : how the networks are trained; ``fit.steps`` counts for each half-step and is 2000 by default.
     cache : how simulated paths are kept.
     score : a pretrained score network ``score(x, t)`` of the reference started at mu, in place of half-step 1.
@@ -87,7 +91,7 @@ class DSB(Solver):
     steps: Any = 20
     rounds: int = 5
     half_steps: int | None = None
-    target: str = "simplified"
+    target: str | None = None
     fit: FitConfig = field(default_factory=FitConfig)
     cache: Cache = field(default_factory=Cache)
     score: nn.Module | None = None
@@ -100,8 +104,8 @@ class DSB(Solver):
         as_count(self.patience, "patience")
         if self.half_steps is not None:
             as_count(self.half_steps, "half_steps")
-        if self.target not in TARGETS:
-            raise InvalidProblem(f"target is {self.target!r}; give 'drift', 'mean' or 'simplified'")
+        if self.target is not None and self.target not in TARGETS:
+            raise InvalidProblem(f"target is {self.target!r}; give 'bridge', 'simplified', 'drift', 'mean' or None")
         if not 0 < as_number(self.tol, "tol") < math.inf:
             raise InvalidProblem(f"tol is {self.tol}; give a finite number > 0")
         for name, kind in (("fit", FitConfig), ("cache", Cache)):
@@ -111,7 +115,10 @@ class DSB(Solver):
             raise InvalidProblem(f"score is {type(self.score).__name__}; give a torch.nn.Module score(x, t), or None")
 
     def accepts(self, problem: Problem) -> str | None:
-        return refusal(problem)
+        said = refusal(problem)
+        if said is None and self.target == "bridge" and not isinstance(problem.reference, LinearReference):
+            return f"the bridges of {problem.reference!r} are not known; try target='simplified'"
+        return said
 
     def solve(self, problem: Problem, *, init: Bridge | None = None, progress: Any = None) -> Bridge:
         """Solve ``problem``; with ``init`` the networks learn what its drifts lack."""
@@ -143,16 +150,19 @@ class _Fitting:
             1: Trainer("forward", forward, self.config, self.group),
             -1: Trainer("backward", backward, self.config, self.group),
         }
+        self.target = solver.target or ("bridge" if isinstance(process, LinearReference) else "simplified")
+        # the other targets learn the mean of a step of Euler's scheme
+        self.order = 2 if self.target == "bridge" else 1
         self.bases = self._bases(init, process)
         self.count = self.config.steps or STEPS
         self.half_steps = solver.half_steps or 2 * solver.rounds
-        self.weights = self._weights()
+        self.first = 0 if solver.score is None else 1
         # the time stored with a row is the time at which its control is asked
         self.times = {
-            way: torch.tensor([self.chain.time(k, way) for k in range(len(self.chain))]).to(self.weights)
-            for way in (1, -1)
+            way: torch.tensor([self.chain.time(k, way) for k in range(len(self.chain))]).to(like) for way in (1, -1)
         }
-        self.first = 0 if solver.score is None else 1
+        self.pulls = {way: self._pulls(way, like) for way in (1, -1)}
+        self.weights = {way: self._weights(way, like) for way in (1, -1)}
         self.training = Training(
             problem,
             self.config,
@@ -180,16 +190,27 @@ class _Fitting:
             bases[-1] = ScoreBase(self.solver.score, process, self.problem.eps, event)
         return bases
 
-    def _weights(self) -> Tensor:
+    def _pulls(self, way: int, like: Tensor) -> list[Pull]:
+        process = self.problem.reference
+        if self.target != "bridge":
+            return []
+        assert isinstance(process, LinearReference)
+        times = [self.chain.time(k, way) for k in range(len(self.chain))]
+        return [Pull.at(process, self.problem.eps, t, way).to(like) for t in times]
+
+    def _weights(self, way: int, like: Tensor) -> Tensor:
         """Weight of each step in the loss, with targets in units of the control."""
         chain, eps = self.chain, self.problem.eps
-        like = self.trainers[1].parameters[0]
-        unit = torch.tensor([chain.dt(k) / eps for k in range(len(chain))], dtype=like.dtype, device=like.device)
-        if self.solver.target != "mean":
-            return unit  # the noise of a target has variance eps / dt: this makes it 1
+        if self.target == "bridge":  # the noise grows without bound at the far end: weigh by what is left to learn
+            unit = self.trainers[way].averaged.unit
+            assert isinstance(unit, Tensor)
+            return 1 / (unit.square() + torch.stack([pull.size for pull in self.pulls[way]]))
+        steps = torch.tensor([chain.dt(k) / eps for k in range(len(chain))], dtype=like.dtype, device=like.device)
+        if self.target != "mean":
+            return steps  # the noise of a target has variance eps / dt: this makes it 1
         probe = torch.ones((1, math.prod(self.problem.mu.event_shape)), dtype=like.dtype, device=like.device)
         sizes = torch.stack([chain.noise(k, probe).square().mean() for k in range(len(chain))])
-        return unit * sizes / sizes.mean()  # a move in units of position
+        return steps * sizes / sizes.mean()  # a move in units of position
 
     # ---- the iteration ---------------------------------------------------------------------------------------------
 
@@ -232,7 +253,7 @@ class _Fitting:
         k = training.kept["k"][rows].long()
         x = training.kept["x"][rows]
         ways = torch.full_like(self.times[learn][k], float(learn))
-        parts = (x, self.times[learn][k], ways, training.kept["target"][rows], self.weights[k])
+        parts = (x, self.times[learn][k], ways, training.kept["target"][rows], self.weights[learn][k])
         cursor["step"] = step + 1
         training.step(self.trainers[learn], parts, control_loss, step, self.count)
 
@@ -247,7 +268,7 @@ class _Fitting:
         drive = -learn
         control = self.steering(drive, self.training.cursor["half_step"] > 0)
         own = self.steering(learn, False)
-        d, size = math.prod(problem.mu.event_shape), self.weights.element_size()
+        d, size = math.prod(problem.mu.event_shape), self.problem.dtype.itemsize
         needed = -(-(self.count - self.training.cursor["step"]) * self.config.batch // len(chain))
         n = min(needed, self.solver.cache.paths_for(len(chain), 2 * d * size))
         start = draw(problem, "mu" if drive > 0 else "nu", n, self.generator)
@@ -257,12 +278,16 @@ class _Fitting:
             return torch.randn(start.shape, generator=self.generator, dtype=start.dtype, device=start.device)[mine]
 
         rows: list[tuple[int, Tensor, Tensor]] = []
-        for k, before, mean, after in walk(chain, control, start[mine], drive, noise=noise):
-            back = before
-            if self.solver.target != "simplified":  # X_{k+1} + F_k(X_k) - F_k(X_{k+1})
-                there = chain.base(k, after, drive) + chain.push(k, control(chain.time(k, drive), after))
-                back = after + mean - there
-            target = chain.unpush(k, back - chain.base(k, after, learn))
+        order, own_start = self.order, start[mine]
+        for k, before, mean, after in walk(chain, control, own_start, drive, order=order, noise=noise):
+            if self.target == "bridge":
+                target = self.pulls[learn][k](after, own_start)
+            else:
+                back = before
+                if self.target != "simplified":  # X_{k+1} + F_k(X_k) - F_k(X_{k+1})
+                    there = chain.base(k, after, drive) + chain.push(k, control(chain.time(k, drive), after))
+                    back = after + mean - there
+                target = chain.unpush(k, back - chain.base(k, after, learn))
             rows.append((k, after, target - own.underlying(chain.time(k, learn), after)))
         kept["x"] = torch.cat([self.group.gather(x, n) for _, x, _ in rows])
         kept["target"] = torch.cat([self.group.gather(target, n) for _, _, target in rows])
@@ -273,7 +298,7 @@ class _Fitting:
     def _residual(self, way: int) -> float:
         """How far the direction just learned ends from its marginal."""
         seed = self.config.seed * 1009 + self.training.cursor["half_step"] + 1
-        residual = marginal_residual(self.problem, self.chain, self.steering(way), way, seed)
+        residual = marginal_residual(self.problem, self.chain, self.steering(way), way, seed, self.order)
         return self.group.agree(residual, self.problem.device)
 
     def _stalled(self) -> bool:
@@ -300,7 +325,7 @@ class _Fitting:
             notes=self.problem.notes,
         )
         warn_unless_converged("DSB", report)
-        return DriftBridge(self.problem, forward, self.steering(-1), report, self.grid)
+        return DriftBridge(self.problem, forward, self.steering(-1), report, self.grid, self.order)
 
 
 def control_loss(net: nn.Module, x: Tensor, t: Tensor, way: Tensor, target: Tensor, weight: Tensor) -> Tensor:
