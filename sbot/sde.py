@@ -209,9 +209,10 @@ class Chain:
         """The control that adds ``move``."""
         return linalg.apply(linalg.inverse(self._steps[k].root), move) / math.sqrt(self.dt(k))
 
-    def noise(self, k: int, z: Tensor) -> Tensor:
-        """The noise of step k from a standard normal ``z``."""
-        return linalg.apply(self._steps[k].root, math.sqrt(self.eps) * z)
+    def noise(self, k: int, z: Tensor, direction: int = 1) -> Tensor:
+        """The noise of step k from a standard normal ``z``: of the reference, or backwards of its undone flow."""
+        shake = linalg.apply(self._steps[k].root, math.sqrt(self.eps) * z)
+        return shake if direction > 0 else linalg.apply(self._steps[k].behind, shake)
 
     def heun(self, k: int, x: Tensor, guess: Tensor, u: Tensor, u_guess: Tensor, direction: int) -> Tensor:
         """Second-order mean of step k: the drift averaged over both its ends (Heun; weak order 2 for additive noise)."""
@@ -246,7 +247,7 @@ def walk(
     steps = chain.order(direction)
     for k in steps:
         z = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device) if noise is None else noise(k)
-        shake = chain.noise(k, z)
+        shake = chain.noise(k, z, direction if order == 2 else 1)
         u = control(chain.time(k, direction), x)
         mean = chain.base(k, x, direction) + chain.push(k, u)
         if order == 2 and k != steps[-1]:
