@@ -152,10 +152,9 @@ def test_heuns_scheme_gives_covariances_to_second_order(reference: LinearReferen
         count, d = len(chain) + 1, 2
         unit = torch.cat([torch.zeros(1, d * count, dtype=F64), torch.eye(d * count, dtype=F64)]).view(-1, count, d)
         order = {k: place + 1 for place, k in enumerate(chain.order(way))}
-        x = unit[:, 0] @ torch.linalg.cholesky(start.cov).mT
-        for *_, x in walk(chain, control, x, way, order=2, noise=lambda k: unit[:, order[k]]):  # noqa: B007
-            pass
-        ends = torch.cat([unit[:, 0] @ torch.linalg.cholesky(start.cov).mT, x], 1)
+        begin = unit[:, 0] @ torch.linalg.cholesky(start.cov).mT
+        *_, (*_, x) = walk(chain, control, begin, way, order=2, noise=lambda k: unit[:, order[k]])
+        ends = torch.cat([begin, x], 1)
         images = ends[1:] - ends[0]
         return float((images.mT @ images - exact).abs().max())
 
