@@ -93,7 +93,8 @@ def solve(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", sbot.NotConverged)
-            bridge = sbot.solve_bridge(mu, nu, eps, solver=made, **more)
+            init = settings.start(solver, mu, nu, eps, seed=options.seed, quick=options.quick)
+            bridge = sbot.solve_bridge(mu, nu, eps, solver=made, init=init, **more)
     except sbot.SbotError as fault:
         return Outcome(None, time.perf_counter() - start, " ".join(f"{type(fault).__name__}: {fault}".split()))
     return Outcome(bridge, time.perf_counter() - start)
