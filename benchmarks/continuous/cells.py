@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import sbot
 from sbot import metrics
 
 from .. import report
@@ -38,12 +39,13 @@ def run(options: Options) -> Result:
         _row("day 2 as prediction", days[2], truth),
         _row("day 4 as prediction", days[4], truth),
     ]
+    ends = [sbot.Discrete(days[day] / scale) for day in (2, 4)]
     drawn: dict[str, Tensor] = {}
     for name, plan in settings.CELLS.items():
         if not options.wants(name):
             continue
         say(f"cells: {name}")
-        outcome = solve(days[2] / scale, days[4] / scale, EPS, plan, options)
+        outcome = solve(ends[0], ends[1], EPS, plan, options)
         if outcome.bridge is not None:
             x = outcome.bridge.interpolate(0.5, len(truth), generator=options.generator("cells", name))
             drawn[name] = x.float() * scale

@@ -93,6 +93,8 @@ def solve(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", sbot.NotConverged)
+            if solver.get("ends") == "gaussian fits":
+                mu, nu = settings.fitted(mu, nu, options.seed)
             init = settings.start(solver, mu, nu, eps, seed=options.seed, quick=options.quick)
             bridge = sbot.solve_bridge(mu, nu, eps, solver=made, init=init, **more)
     except sbot.SbotError as fault:

@@ -69,8 +69,22 @@ MIXTURES: dict[tuple[int, float], dict[str, Plan]] = {
         "LightSB": {"class": "LightSB", "components": 50, "covariance": "diagonal", "fit": LIGHT},
         **(
             {
-                "DSBM": {"class": "DSBM", "steps": 100, "fit": {"steps": 10_000, "batch": 512}},
-                "DSB": {"class": "DSB", "steps": 50, "rounds": 5, "fit": {"steps": 1_500, "batch": 512}},
+                "DSBM": {
+                    "class": "DSBM",
+                    "steps": 50,
+                    "refresh": 100,
+                    "start": "gaussian fits",
+                    "mlp": BOTH_WAYS,
+                    "fit": LONG | {"steps": 4_000},
+                },
+                "DSB": {
+                    "class": "DSB",
+                    "steps": 50,
+                    "rounds": 3,
+                    "start": "gaussian fits",
+                    "mlp": ONE_WAY,
+                    "fit": LONG | {"steps": 1_200},
+                },
             }
             if d <= 16
             else {}
@@ -82,10 +96,23 @@ MIXTURES: dict[tuple[int, float], dict[str, Plan]] = {
 
 # ---- target 7: toys ------------------------------------------------------------------------------------------------------
 
+#: Small steps at both ends: the laws have features of size 0.1, and the last step adds its own noise.
+TOY_GRID: Plan = {"n": 20, "kind": "symmetric", "ratio": 30.0}
+TOY_DSB: Plan = {
+    "class": "DSB",
+    "grid": TOY_GRID,
+    "rounds": 5,
+    "cache": {"reuse": 2},
+    "mlp": ONE_WAY,
+    "fit": LONG | {"steps": 2_000},
+}
 TOYS: dict[str, dict[str, Plan]] = {
     toy: {
-        "DSB": {"class": "DSB", "steps": 20, "rounds": 5, "fit": {"steps": 2_000, "batch": 512}},
-        "DSBM": {"class": "DSBM", "steps": 20, "fit": {"steps": 10_000, "batch": 512}},
+        "DSB": TOY_DSB,
+        "DSB, started from Gaussian fits": TOY_DSB | {"rounds": 3, "start": "gaussian fits"},
+        "DSB, started from LightSB": TOY_DSB | {"rounds": 1, "start": {"class": "LightSB", "fit": LIGHT}},
+        "DSBM": {"class": "DSBM", "grid": TOY_GRID, "refresh": 100, "mlp": BOTH_WAYS, "fit": LONG | {"steps": 8_000}},
+        "LightSB": {"class": "LightSB", "fit": LIGHT},
         "PlugIn": {"class": "PlugIn", "samples": 4_096},
     }
     for toy in ("normal-8gaussians", "normal-moons", "normal-scurve", "moons-8gaussians")
@@ -95,19 +122,31 @@ TOYS: dict[str, dict[str, Plan]] = {
 
 CELLS: dict[str, Plan] = {
     "plug-in Sinkhorn": {"class": "Sinkhorn", "tol": 1e-3, "max_iter": 20_000},
-    "LightSB": {"class": "LightSB", "components": 100, "covariance": "diagonal", "fit": LIGHT},
-    "DSBM": {"class": "DSBM", "steps": 20, "fit": {"steps": 5_000, "batch": 512}},
+    "closed form between Gaussian fits": {"class": "ClosedForm", "ends": "gaussian fits"},
+    "LightSB": {"class": "LightSB", "components": 100, "covariance": "diagonal", "fit": LIGHT | {"steps": 1_000}},
+    "DSBM, started from Gaussian fits": {
+        "class": "DSBM",
+        "start": "gaussian fits",
+        "mlp": BOTH_WAYS,
+        "fit": LONG | {"steps": 2_000},
+    },
 }
 
 # ---- the claims of the paper ---------------------------------------------------------------------------------------------
 
-CLAIM_SCORE: Plan = {"class": "DSB", "steps": 50, "half_steps": 1, "fit": {"steps": 4_000, "batch": 512}}
-CLAIM_SHORT: Plan = {"class": "DSB", "steps": 20, "fit": {"steps": 1_500, "batch": 512}}
+CLAIM_SCORE: Plan = {"class": "DSB", "steps": 50, "half_steps": 1, "mlp": ONE_WAY, "fit": LONG | {"steps": 4_000}}
+CLAIM_SHORT: Plan = {"class": "DSB", "grid": TOY_GRID, "mlp": ONE_WAY, "fit": LONG | {"steps": 1_500}}
 CLAIM_SHORT_COUNT = 10
 CLAIM_STEPS = (10, 20, 30, 50)
 CLAIM_FEW: dict[str, Plan] = {
-    "DSB": {"class": "DSB", "rounds": 5, "fit": {"steps": 1_500, "batch": 512}},
-    "DSB, first half-step only": {"class": "DSB", "half_steps": 1, "fit": {"steps": 1_500, "batch": 512}},
+    "DSB": {"class": "DSB", "grid": TOY_GRID, "rounds": 4, "mlp": ONE_WAY, "fit": LONG | {"steps": 1_000}},
+    "DSB, first half-step only": {
+        "class": "DSB",
+        "grid": TOY_GRID,
+        "half_steps": 1,
+        "mlp": ONE_WAY,
+        "fit": LONG | {"steps": 1_000},
+    },
 }
 DIGITS: dict[str, Plan] = {
     "DSB": {
@@ -116,14 +155,14 @@ DIGITS: dict[str, Plan] = {
         "rounds": 3,
         "unet": {"width": 32},
         "cache": {"paths": 512, "reuse": 4},
-        "fit": {"steps": 1_000, "batch": 128},
+        "fit": {"steps": 600, "batch": 128},
     },
     "DSBM": {
         "class": "DSBM",
         "steps": 20,
         "pairs": 512,
         "unet": {"width": 32, "directed": True},
-        "fit": {"steps": 4_000, "batch": 128},
+        "fit": {"steps": 2_500, "batch": 128},
     },
 }
 DIGITS_EPS = {"generation": 1.0, "interpolation": 0.5}
@@ -132,7 +171,7 @@ DIGITS_EPS = {"generation": 1.0, "interpolation": 0.5}
 # ---- from a plan to a solver ---------------------------------------------------------------------------------------------
 
 #: Parts of a plan that are built into objects.
-BUILT = ("class", "fit", "cache", "unet", "mlp", "start")
+BUILT = ("class", "fit", "cache", "unet", "mlp", "start", "grid", "ends")
 
 
 def make(plan: Plan, mu: Any, nu: Any, eps: float, *, seed: int, quick: bool, **changes: Any) -> Any:
@@ -145,6 +184,8 @@ def make(plan: Plan, mu: Any, nu: Any, eps: float, *, seed: int, quick: bool, **
     arguments = {key: value for key, value in plan.items() if key not in BUILT}
     if plan["fit"]:
         arguments["fit"] = sbot.FitConfig(**{"seed": seed, **plan["fit"]})
+    if "grid" in plan:
+        arguments["steps"] = sbot.TimeGrid(**{**plan["grid"], **({"n": plan["steps"]} if "steps" in plan else {})})
     if "cache" in plan:
         arguments["cache"] = sbot.Cache(**plan["cache"])
     if "unet" in plan or "mlp" in plan:
@@ -188,11 +229,19 @@ def network(plan: Plan, event: tuple[int, ...], seed: int) -> torch.nn.Module:
     return sbot.TimeMLP(event[0], **plan["mlp"], generator=generator)
 
 
-def gaussian_fits(mu: Any, nu: Any, eps: float, seed: int, n: int = 10_000) -> sbot.Bridge:
-    """The closed form between Gaussian fits of ``n`` samples of each side."""
+def fitted(mu: Any, nu: Any, seed: int, n: int = 10_000) -> tuple[sbot.Gaussian, sbot.Gaussian]:
+    """Gaussian fits of ``n`` samples of each side, or of all its points."""
     generator = torch.Generator().manual_seed(seed)
-    ends = [sbot.Gaussian.from_samples(law.sample(n, generator=generator)) for law in (mu, nu)]
-    return sbot.solve_bridge(ends[0], ends[1], eps, solver=sbot.ClosedForm())
+    first, second = (
+        sbot.Gaussian.from_samples(law.points if isinstance(law, sbot.Discrete) else law.sample(n, generator=generator))
+        for law in (mu, nu)
+    )
+    return first, second
+
+
+def gaussian_fits(mu: Any, nu: Any, eps: float, seed: int) -> sbot.Bridge:
+    """The closed form between Gaussian fits."""
+    return sbot.solve_bridge(*fitted(mu, nu, seed), eps, solver=sbot.ClosedForm())
 
 
 def words(plan: Plan) -> str:
