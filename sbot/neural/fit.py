@@ -213,9 +213,19 @@ class Trainer:
 @contextmanager
 def own_randomness(device: torch.device, seed: int) -> Iterator[None]:
     """Whatever draws from torch's global generators inside draws from ``seed``; they are left as they were."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed % 2**63)
+    generators = [torch.default_generator]  # torch.manual_seed would note a stack trace for every kind of device
+    if device.type == "cuda":
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+        index = torch.cuda.current_device() if device.index is None else device.index
+        generators.append(torch.cuda.default_generators[index])
+    states = [generator.get_state() for generator in generators]
+    try:
+        for generator in generators:
+            generator.manual_seed(seed % 2**63)
         yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
 
 
 def _has_fused(parameters: list[Tensor]) -> bool:
