@@ -10,7 +10,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from .. import report
-from . import cells, claims, gaussians, mixtures, page, toys
+from . import cells, claims, gaussians, mixtures, overhead, page, toys
 from .common import Options, Result, say
 
 PARTS: dict[str, Callable[[Options], Result]] = {
@@ -19,6 +19,7 @@ PARTS: dict[str, Callable[[Options], Result]] = {
     "toys": toys.run,
     "cells": cells.run,
     "claims": claims.run,
+    "overhead": overhead.run,
 }
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 

@@ -75,7 +75,7 @@ MIXTURES: dict[tuple[int, float], dict[str, Plan]] = {
                     "refresh": 100,
                     "start": "gaussian fits",
                     "mlp": BOTH_WAYS,
-                    "fit": LONG | {"steps": 4_000},
+                    "fit": LONG | {"steps": 3_000},
                 },
                 "DSB": {
                     "class": "DSB",
@@ -83,7 +83,7 @@ MIXTURES: dict[tuple[int, float], dict[str, Plan]] = {
                     "rounds": 3,
                     "start": "gaussian fits",
                     "mlp": ONE_WAY,
-                    "fit": LONG | {"steps": 1_200},
+                    "fit": LONG | {"steps": 1_000},
                 },
             }
             if d <= 16
@@ -104,14 +104,14 @@ TOY_DSB: Plan = {
     "rounds": 5,
     "cache": {"reuse": 2},
     "mlp": ONE_WAY,
-    "fit": LONG | {"steps": 2_000},
+    "fit": LONG | {"steps": 1_500},
 }
 TOYS: dict[str, dict[str, Plan]] = {
     toy: {
         "DSB": TOY_DSB,
-        "DSB, started from Gaussian fits": TOY_DSB | {"rounds": 3, "start": "gaussian fits"},
+        **({"DSB, started from Gaussian fits": TOY_DSB | {"start": "gaussian fits"}} if "moons-8" in toy else {}),
         "DSB, started from LightSB": TOY_DSB | {"rounds": 1, "start": {"class": "LightSB", "fit": LIGHT}},
-        "DSBM": {"class": "DSBM", "grid": TOY_GRID, "refresh": 100, "mlp": BOTH_WAYS, "fit": LONG | {"steps": 8_000}},
+        "DSBM": {"class": "DSBM", "grid": TOY_GRID, "refresh": 100, "mlp": BOTH_WAYS, "fit": LONG | {"steps": 6_000}},
         "LightSB": {"class": "LightSB", "fit": LIGHT},
         "PlugIn": {"class": "PlugIn", "samples": 4_096},
     }
