@@ -68,8 +68,8 @@ def run(options: Options) -> Result:
 HOW = f"""\
 Batches of 512, {STEPS:,} gradient steps. *Forward and backward* is the bare network on a batch of that size, measured before and
 after in the same process (median of {2 * REPEATS} runs of {BARE}); *whole step* all that the solver does but simulate and
-measure the residual, divided by its steps: drawing the batch, targets, loss, gradient, clipping, AdamW, moving average. The default
-network is 3 layers of 256, the small one 2 of 128, where what does not depend on the network weighs more."""
+measure the residual, divided by its steps: drawing the batch, targets, loss, gradient, clipping, AdamW, moving average.
+The default network is 3 layers of 256, the small one 2 of 128, where what does not depend on the network weighs more."""
 
 PEAKS = """\
 Peak resident memory of a fresh process above what it held before the solve, points of dimension 8 from a dataset that makes its
