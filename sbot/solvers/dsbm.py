@@ -35,6 +35,8 @@ from .dsb import check_base, control_loss, warn_unless_converged
 STEPS = 10_000
 #: Distinct times in a batch where a base bridge has to be evaluated at each of them.
 GROUPS = 16
+#: Fewest gradient steps between two looks at the residual.
+LOOK = 100
 
 
 @final
@@ -182,7 +184,7 @@ class _Fitting:
     def run(self) -> str:
         """All steps; the reason to stop."""
         training, cursor = self.training, self.training.cursor
-        look = max(1, self.count // 10)
+        look = max(LOOK, self.count // 10)
         while cursor["step"] < self.count and not training.stopped:
             # before the step, for a run that goes on from a checkpoint of just then
             if cursor["step"] and cursor["step"] % look == 0 and len(training.history) < cursor["step"] // look:
