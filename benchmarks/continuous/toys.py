@@ -106,12 +106,12 @@ def _lines(rows: list[Row], key: str) -> list[list[str]]:
 
 
 def _figure(toy: str, tests: list[torch.Tensor], drawn: dict[str, Any]) -> Any:
-    figure, axes = figures.panels(2, 1 + len(drawn), (3.2, 3.2))
+    figure, axes = figures.panels(2, 1 + len(drawn), (3.2, 3.4))
     both = torch.cat(tests)
-    figures.scatter(axes[0, 0], tests[0], "mu", figures.BLUE, both)
+    figures.scatter(axes[0, 0], tests[0], f"{TITLES[toy]}:\nmu", figures.BLUE, both)
     figures.scatter(axes[1, 0], tests[1], "nu", figures.RED, both)
     for column, (name, (ends, paths)) in enumerate(drawn.items(), 1):
-        figures.paths(axes[0, column], paths, f"{name}, paths", both)
-        figures.scatter(axes[1, column], ends, f"{name}, samples at t = 1", figures.RED, both)
-    figure.suptitle(TITLES[toy])
+        title = name.replace(", ", ",\n")
+        figures.paths(axes[0, column], paths, f"{title}: paths", both)
+        figures.scatter(axes[1, column], ends, f"{title}: at t = 1", figures.RED, both)
     return figure
