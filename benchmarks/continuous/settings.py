@@ -71,22 +71,21 @@ MIXTURES: dict[tuple[int, float], dict[str, Plan]] = {
             {
                 "DSBM": {
                     "class": "DSBM",
-                    "steps": 50,
-                    "refresh": 100,
+                    "steps": 20,
                     "start": "gaussian fits",
                     "mlp": BOTH_WAYS,
                     "fit": LONG | {"steps": 3_000},
                 },
                 "DSB": {
                     "class": "DSB",
-                    "steps": 50,
+                    "steps": 20,
                     "rounds": 3,
                     "start": "gaussian fits",
                     "mlp": ONE_WAY,
                     "fit": LONG | {"steps": 1_000},
                 },
             }
-            if d <= 16
+            if d <= 16 and eps == 1.0  # the networks take minutes a cell
             else {}
         ),
     }
