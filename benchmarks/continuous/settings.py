@@ -151,17 +151,17 @@ DIGITS: dict[str, Plan] = {
     "DSB": {
         "class": "DSB",
         "steps": 20,
-        "rounds": 3,
-        "unet": {"width": 32},
+        "rounds": 2,
+        "unet": {"width": 16},
         "cache": {"paths": 512, "reuse": 4},
-        "fit": {"steps": 600, "batch": 128},
+        "fit": {"steps": 500, "batch": 64},
     },
     "DSBM": {
         "class": "DSBM",
         "steps": 20,
         "pairs": 512,
-        "unet": {"width": 32, "directed": True},
-        "fit": {"steps": 2_500, "batch": 128},
+        "unet": {"width": 16, "directed": True},
+        "fit": {"steps": 1_500, "batch": 64},
     },
 }
 DIGITS_EPS = {"generation": 1.0, "interpolation": 0.5}
