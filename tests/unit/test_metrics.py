@@ -295,7 +295,7 @@ def test_wrong_arguments_are_refused_by_name(name):
         {"drift": lambda t, x: x[:, :1]},
         {"drift": lambda t, x: x / 0},
     ],
-    ids=str,
+    ids=["empty", "before 0", "number", "n", "strata", "no function", "shape", "infinite"],
 )
 def test_path_kl_refuses(options):
     one = sbot.Gaussian(torch.zeros(2), torch.eye(2))
