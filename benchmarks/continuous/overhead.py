@@ -167,8 +167,6 @@ print(json.dumps(overhead.peak(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
 
 def peak(name: str, steps: int, length: int) -> float:
     """MiB above the start at the highest point of a solve; for a fresh process."""
-    import resource
-
     torch.set_num_threads(1)
     data = sbot.Sampler.from_dataset(Items(length))
     one = sbot.Gaussian(torch.zeros(8), torch.eye(8))
@@ -183,9 +181,15 @@ def peak(name: str, steps: int, length: int) -> float:
         sbot.solve_bridge(data, one, 1.0, solver=solver)
 
     go(2)  # what the libraries take at the first call is not counted
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _status("VmRSS")
     go(steps)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(key: str) -> int:
+    """KiB, as Linux says them of this process; ``getrusage`` would say its parent's highest point too."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[key].split()[0])
 
 
 def _memory(name: str, steps: int, length: int, options: Options) -> Row:
