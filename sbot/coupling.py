@@ -320,7 +320,7 @@ class SampledCoupling(Coupling):
 
     @torch.no_grad()
     def estimate(self, n: int, *, generator: torch.Generator | None = None) -> Estimate:
-        """The dual ``E_mu f + E_nu g`` from ``n`` draws of each, with its standard error.
+        """The dual ``<f, mu> + <g, nu> + eps (m^2 - m)``, m their mass, from ``n`` draws of each, with its standard error.
 
         ``g`` is the c-transform of ``f`` over the atoms of ``phi``, so that this bounds the entropic cost from below, up to
         the noise of those atoms: it is as reliable as ``phi`` is dense at the scale ``sqrt(eps)``.
@@ -332,8 +332,9 @@ class SampledCoupling(Coupling):
         f = -eps * reference.pull_back(self._psi, 0.0, x, eps).log_mass
         pushed, jacobian = reference.push_forward(self._phi, 1.0, y, eps)
         g = -eps * (pushed.log_mass + jacobian.to(y.device) + self.problem.log_normaliser())
-        (mean_f, var_f), (mean_g, var_g) = _moments(f, a), _moments(g, b)
-        return Estimate(mean_f + mean_g, math.sqrt(var_f + var_g))
+        (mean_f, var_f), (mean_g, var_g) = _moments(f, a, self._mass), _moments(g, b, self._mass)
+        # the plan has the mass m of its marginals and is held against their product, of mass m^2
+        return Estimate(mean_f + mean_g + eps * (self._mass**2 - self._mass), math.sqrt(var_f + var_g))
 
     @torch.no_grad()
     def estimate_linear(self, n: int, *, generator: torch.Generator | None = None) -> Estimate:
@@ -342,8 +343,8 @@ class SampledCoupling(Coupling):
         x = self.problem.mu.sample(n, generator=generator)
         y = self.problem.reference.pull_back(self._psi, 0.0, x, self.problem.eps).sample(generator=generator)
         # each pair on its own: a batch of n problems with one atom on each side
-        charge = self.problem.cost.matrix(x[:, None], y[:, None])[:, 0, 0] * self._mass
-        mean, variance = _moments(charge, None)
+        charge = self.problem.cost.matrix(x[:, None], y[:, None])[:, 0, 0]
+        mean, variance = _moments(charge, None, self._mass)
         return Estimate(mean, math.sqrt(variance))
 
     @property
@@ -366,10 +367,10 @@ class SampledCoupling(Coupling):
         return torch.tensor(estimate.value, dtype=self.problem.dtype, device=self.problem.device)
 
 
-def _moments(values: Tensor, weights: Tensor | None) -> tuple[float, float]:
-    """The mean and the variance of its error; a weighted sum is exact."""
+def _moments(values: Tensor, weights: Tensor | None, mass: float) -> tuple[float, float]:
+    """The integral over a measure of ``mass`` and the variance of its error; a weighted sum is exact."""
     values = values.double()
     if weights is not None:
         live = weights > 0
         return float((weights.double()[live] * values[live]).sum()), 0.0
-    return float(values.mean()), float(values.var()) / len(values)
+    return mass * float(values.mean()), mass**2 * float(values.var()) / len(values)

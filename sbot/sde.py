@@ -69,6 +69,8 @@ class TimeGrid:
             )
         if self.least is not None and not 0 < as_number(self.least, "least") < math.inf:
             raise InvalidProblem(f"least is {self.least}; give a variance > 0, or None")
+        if self.least is not None and max(self._climb()) == 0:
+            raise InvalidProblem(f"all {self.n} steps of kind {self.kind!r} have one size; drop least=")
 
     def times(self, eps: float) -> list[float]:
         """The times, strictly increasing."""
@@ -106,8 +108,6 @@ class TimeGrid:
                 f"eps is too small for {self.n} steps of variance {self.least:g} and more: they would not fit in [0, 1] "
                 "in increasing order; give a smaller least, fewer steps or a larger eps"
             )
-        if max(climb) == 0:
-            return 1.0
         low, high = 0.0, 60.0
         for _ in range(80):
             middle = (low + high) / 2

@@ -48,7 +48,7 @@ def unpack_bridge(
         sides = {}
         for name, way in WAYS.items():
             own = {key.removeprefix(f"{name}."): v for key, v in tensors.items() if key.startswith(f"{name}.")}
-            base = _unpack_base(said[name]["base"], own, problem, way, score)
+            base = _unpack_base(said[name]["base"], own, problem, way, net, score)
             sides[name] = Steering(way, base, _unpack_control(said[name]["net"], own, problem, net, name))
         if said["shared"]:
             sides["backward"].net = sides["forward"].net
@@ -95,7 +95,9 @@ def _unpack_net(said: Header, given: Any, name: str, index: int) -> nn.Module:
     return own_copy(pair[max(index, 1 if name == "backward" else 0) if len(pair) > 1 else 0], "net")
 
 
-def _unpack_base(said: Header | None, tensors: Tensors, problem: Problem, way: int, score: Any) -> Base | None:
+def _unpack_base(
+    said: Header | None, tensors: Tensors, problem: Problem, way: int, net: Any, score: Any
+) -> Base | None:
     if said is None:
         return None
     process, event = problem.reference, problem.mu.event_shape
@@ -108,7 +110,8 @@ def _unpack_base(said: Header | None, tensors: Tensors, problem: Problem, way: i
             m if nested[side]["kind"] == "Sampler" else None for side, m in zip(("mu", "nu"), ends, strict=True)
         )
         custom = process if nested["reference"]["kind"] == "custom" else None
-        return BridgeBase(unpack_bridge(nested, parts, custom, given), process, way)  # type: ignore[arg-type]
+        more = (net, score) if "drifts" in nested else ()  # the bridge started from may have been made with them too
+        return BridgeBase(unpack_bridge(nested, parts, custom, given, *more), process, way)  # type: ignore[arg-type]
     if said["kind"] == "equilibrium":
         return EquilibriumBase(process, event)
     if said["kind"] != "score":

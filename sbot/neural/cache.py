@@ -20,7 +20,7 @@ class Cache:
     ----------
     paths : paths simulated at a time.
     reuse : times that each of their rows is used before the next are simulated.
-    memory : bytes the rows may take; fewer paths are simulated where they would take more.
+    memory : bytes the rows and their order may take; fewer paths are simulated where they would take more.
 
     Raises
     ------
@@ -55,6 +55,6 @@ def shuffled(rows: int, wanted: int, generator: torch.Generator, device: torch.d
     parts = []
     left = wanted
     while left > 0:
-        parts.append(torch.randperm(rows, generator=generator, device=device)[:left])
+        parts.append(torch.randperm(rows, generator=generator, device=device, dtype=torch.int32)[:left])
         left -= rows
     return torch.cat(parts)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import linalg
 from ..arrays import require_finite
 from ..errors import InvalidProblem
+from ..measures import Discrete
 from ..problem import INF, Problem
 from ..reference import Process
 from .fit import own_randomness
@@ -29,6 +30,9 @@ def refusal(problem: Problem) -> str | None:
         return "relaxed marginals are not learned from samples; try Sinkhorn on samples: mu.sample(4096)"
     if not problem.mu.event_shape:
         return "histograms have no points to move; try Sinkhorn with the cost matrix"
+    for name, end in (("mu", problem.mu), ("nu", problem.nu)):
+        if isinstance(end, Discrete) and abs(float(end.mass) - 1) > 1e-4:
+            return f"{name} has mass {float(end.mass):.6g} and paths have mass one; normalise the weights"
     if not isinstance(problem.reference, Process):
         return f"the reference is {problem.reference!r}, which has no paths; try reference=sbot.Brownian()"
     return None
@@ -57,8 +61,8 @@ def units(problem: Problem, generator: torch.Generator) -> tuple[Tensor, Tensor,
 
 
 def default_net(event: tuple[int, ...], directed: bool, generator: torch.Generator) -> nn.Module:
-    """A `TimeMLP` for points, a `UNet` for images ``(c, h, w)``."""
-    if len(event) == 3:
+    """A `UNet` for images ``(c, h, w)`` that can be halved, a `TimeMLP` for all else."""
+    if len(event) == 3 and min(event[1:]) > 1:
         return UNet(event, directed=directed, generator=generator)
     return TimeMLP(math.prod(event), directed=directed, generator=generator)
 

@@ -180,6 +180,12 @@ class Trainer:
         return sum_loss
 
     @property
+    def steps(self) -> int:
+        """Steps taken so far."""
+        taken = [float(entry["step"]) for entry in self._optimizer.state_dict()["state"].values()]
+        return int(max(taken, default=0))
+
+    @property
     def average(self) -> nn.Module:
         """The network with the averaged weights, ready to simulate."""
         for mine, theirs in zip(self.averaged.buffers(), self.module.buffers(), strict=True):

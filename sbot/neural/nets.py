@@ -82,7 +82,8 @@ class TimeMLP(nn.Module):
         self.affine = linear(embedding, 2 * d, generator, gain=0.0)
 
     def forward(self, x: Tensor, t: Tensor, direction: Tensor | None = None) -> Tensor:
-        """``(n, d)``, ``(n,)`` and, where directed, ``(n,)`` of +1 and -1, to ``(n, d)``."""
+        """``(n, d)``, ``(n,)`` and, where directed, ``(n,)`` of +1 and -1, to ``(n, d)``; points of any shape are flattened."""
+        event, x = x.shape[1:], x.flatten(1)
         features = time_features(t)
         if self.directed:
             assert direction is not None
@@ -93,7 +94,7 @@ class TimeMLP(nn.Module):
         for layer, shift in zip(self.layers, self.shifts(e).chunk(len(self.layers), -1), strict=True):
             h = h + nn.functional.silu(layer(h) + shift)
         gain, bias = self.affine(e).chunk(2, -1)
-        return self.out(h) + gain * x + bias
+        return (self.out(h) + gain * x + bias).reshape(-1, *event)
 
 
 @final
@@ -164,15 +165,16 @@ def own_copy(net: Any, name: str) -> nn.Module:
 
 def check_net(net: nn.Module, event: tuple[int, ...], like: Tensor, directed: bool) -> None:
     """One evaluation, before any training: the right shape, dtype and finite numbers."""
-    x = torch.zeros((2, *event), dtype=like.dtype, device=like.device)
-    t = torch.tensor([0.25, 0.75], dtype=like.dtype, device=like.device)
+    n = 3 if event[:1] == (2,) else 2  # so that a network which confuses points and coordinates is found out
+    x = torch.zeros((n, *event), dtype=like.dtype, device=like.device)
+    t = torch.linspace(0.25, 0.75, n, dtype=like.dtype, device=like.device)
     name = type(net).__name__
     try:
         with torch.no_grad():
             out = net(x, t, torch.ones_like(t)) if directed else net(x, t)
     except (RuntimeError, TypeError, ValueError) as fault:
         raise InvalidProblem(
-            f"the network {name} failed on points {tuple(x.shape)} and times (2,): {fault}; "
+            f"the network {name} failed on points {tuple(x.shape)} and times ({n},): {fault}; "
             "give a module net(x, t) that returns the shape of x"
         ) from None
     if not isinstance(out, Tensor) or out.shape != x.shape:

@@ -19,7 +19,7 @@ from ..errors import InvalidFile, InvalidProblem
 from ..measures import Discrete, Gaussian, Measure, Mixture
 from ..problem import Problem
 from ..progress import Progress
-from ..reference import LinearReference, Reference
+from ..reference import LinearReference, Process
 from .fit import FitConfig, RowLoss, Trainer
 from .run import Run, leave
 
@@ -197,7 +197,7 @@ def _problem(problem: Problem) -> dict[str, Any]:
         "mu": _measure(problem.mu),
         "nu": _measure(problem.nu),
         "eps": problem.eps,
-        "reference": _reference(problem.reference),
+        "reference": _reference(problem),
         "dtype": str(problem.dtype),
     }
 
@@ -217,7 +217,9 @@ def _plain(obj: Any) -> Any:
     if isinstance(obj, nn.Module):  # one that is only asked, such as a score
         return _network(obj) + " " + "".join(digest(value)[:8] for value in obj.state_dict().values())
     if isinstance(obj, Bridge):
-        return {"kind": type(obj).__name__, "problem": _problem(obj.problem), "iterations": obj.report.iterations}
+        tensors = obj.state()[1]
+        parts = "".join(key + digest(value) for key, value in sorted(tensors.items()))
+        return {"kind": type(obj).__name__, "problem": _problem(obj.problem), "state": _short(parts)}
     if obj is None or isinstance(obj, (bool, int, float, str)):
         return obj if not isinstance(obj, float) or math.isfinite(obj) else repr(obj)
     return type(obj).__name__
@@ -229,12 +231,28 @@ def _network(net: nn.Module) -> str:
     return type(net).__name__ + " " + hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
 
 
-def _reference(reference: Reference) -> str:
-    """Its name, and the numbers of a linear one; of a drift that is a function there is only the name."""
-    if not isinstance(reference, LinearReference):
+def same_reference(one: Problem, other: Problem) -> bool:
+    """Whether two problems on one space have the same reference: its name, and its numbers at some times and points."""
+    return _reference(one) == _reference(other)
+
+
+def _reference(problem: Problem) -> str:
+    reference = problem.reference
+    if isinstance(reference, LinearReference):
+        numbers = [part for t in (0.0, 0.3, 1.0) for part in reference.coefficients(t)]
+    elif isinstance(reference, Process):
+        generator = torch.Generator("cpu").manual_seed(0)
+        x = torch.randn((4, *problem.mu.event_shape), generator=generator, dtype=torch.float64)
+        x = x.to(dtype=problem.dtype, device=problem.device)
+        with torch.no_grad():
+            numbers = [part for t in (0.1, 0.3, 0.9) for part in (reference.drift(t, x), reference.spread(t))]
+    else:
         return repr(reference)
-    numbers = [part for t in (0.0, 0.3, 1.0) for part in reference.coefficients(t)]
-    return f"{reference!r} " + hashlib.sha256("".join(map(digest, numbers)).encode()).hexdigest()[:16]
+    return f"{reference!r} " + _short("".join(map(digest, numbers)))
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _measure(measure: Measure) -> str:
@@ -245,9 +263,16 @@ def _measure(measure: Measure) -> str:
         parts = [measure.mean, measure.cov]
     elif isinstance(measure, Mixture):
         parts = [measure.logits, measure.components.mean, measure.components.cov]
-    else:
-        return kind
+    else:  # known by what it draws, where that follows from the generator
+        with torch.no_grad():
+            parts, again = ([_draw(measure)] for _ in range(2))
+        if digest(parts[0]) != digest(again[0]):
+            return kind
     return kind + " " + "".join(digest(part)[:16] for part in parts)
+
+
+def _draw(measure: Measure) -> Tensor:
+    return measure.sample(8, generator=torch.Generator(measure.device).manual_seed(0))
 
 
 def digest(tensor: Tensor) -> str:

@@ -24,8 +24,9 @@ from ..errors import InvalidProblem, NotConverged
 from ..neural.cache import Cache, shuffled
 from ..neural.controls import controls, draw, networks, refusal
 from ..neural.fit import FitConfig, Trainer
+from ..neural.nets import check_net, own_copy
 from ..neural.residual import marginal_residual
-from ..neural.training import Training, identity
+from ..neural.training import Training, identity, same_reference
 from ..problem import Problem
 from ..progress import reporting
 from ..reference import LinearReference, Process
@@ -60,13 +61,14 @@ class DSB(Solver):
         trained, and see points in units of the data.
     steps : a number of steps, a `TimeGrid`, or times from 0 to 1.
     rounds : of two half-steps each.
-    half_steps : stop after so many half-steps; 1 is score-based generative modelling of mu.  None is all of them.
+    half_steps : so many half-steps in place of ``2 rounds``; 1 is score-based generative modelling of mu.
     target : "bridge", "simplified", "drift" or "mean"; None is "bridge" for a linear reference and "simplified" for others.
     fit : how the networks are trained; ``fit.steps`` counts for each half-step and is 2000 by default.
     cache : how simulated paths are kept.
-    score : a pretrained score network ``score(x, t)`` of the reference started at mu, in place of half-step 1.
+    score : a pretrained score network ``score(x, t)`` of the reference started at mu, in place of half-step 1; a copy is
+        taken, which is not trained.
     tol : the marginal residual that counts as converged: the energy distance between simulated and true ends, relative to
-        the spread of the truth.
+        the spread of the truth.  It is quadratic in the error: 0.005 is that of a shift by a tenth of a standard deviation.
     patience : rounds without a better residual after which it stops.
 
     Raises
@@ -95,7 +97,7 @@ class DSB(Solver):
     fit: FitConfig = field(default_factory=FitConfig)
     cache: Cache = field(default_factory=Cache)
     score: nn.Module | None = None
-    tol: float = 0.02
+    tol: float = 0.005
     patience: int = 3
 
     def __post_init__(self) -> None:
@@ -187,8 +189,15 @@ class _Fitting:
         if self.solver.score is not None:
             if init is not None:
                 raise InvalidProblem("both score= and init= say what to start from; drop one of them")
-            bases[-1] = ScoreBase(self.solver.score, process, self.problem.eps, event)
+            bases[-1] = ScoreBase(self._score(self.solver.score), process, self.problem.eps, event)
         return bases
+
+    def _score(self, given: nn.Module) -> nn.Module:
+        """A copy of the caller's score network that does not change, in the dtype of the problem."""
+        like = torch.empty((), dtype=self.problem.dtype, device=self.problem.device)
+        score = own_copy(given, "score").to(like).eval().requires_grad_(False)
+        check_net(score, self.problem.mu.event_shape, like, False)
+        return score
 
     def _pulls(self, way: int, like: Tensor) -> list[Pull]:
         process = self.problem.reference
@@ -257,20 +266,21 @@ class _Fitting:
         cursor["step"] = step + 1
         training.step(self.trainers[learn], parts, control_loss, step, self.count)
 
-    def steering(self, way: int, trained: bool = True) -> Steering:
-        """The control of one direction as it stands."""
-        return Steering(way, self.bases[way], self.trainers[way].average if trained else None)  # type: ignore[arg-type]
+    def steering(self, way: int) -> Steering:
+        """The control of one direction as it stands, without a network that has not been trained yet: it may be the caller's."""
+        trainer = self.trainers[way]
+        return Steering(way, self.bases[way], trainer.average if trainer.steps else None)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def _fill(self, learn: int) -> None:
         """Simulate the other direction from its own end, and keep a row for every step of every path."""
         problem, chain, kept = self.problem, self.chain, self.training.kept
         drive = -learn
-        control = self.steering(drive, self.training.cursor["half_step"] > 0)
-        own = self.steering(learn, False)
+        control, own = self.steering(drive), Steering(learn, self.bases[learn], None)
         d, size = math.prod(problem.mu.event_shape), self.problem.dtype.itemsize
         needed = -(-(self.count - self.training.cursor["step"]) * self.config.batch // len(chain))
-        n = min(needed, self.solver.cache.paths_for(len(chain), 2 * d * size))
+        row_bytes = 2 * d * size + 4 * (1 + self.solver.cache.reuse)  # point, target, step, and its places in the order
+        n = min(needed, self.solver.cache.paths_for(len(chain), row_bytes))
         start = draw(problem, "mu" if drive > 0 else "nu", n, self.generator)
         mine = self.group.rows(n)
 
@@ -310,7 +320,6 @@ class _Fitting:
     def bridge(self, reason: str) -> DriftBridge:
         """The result."""
         training = self.training
-        forward = self.steering(1, self.half_steps > 1 and len(training.history) > 1 - self.first)
         last = [row[2] for row in training.history[-2:]]
         error = max(last, default=math.inf)
         report = Report(
@@ -325,7 +334,7 @@ class _Fitting:
             notes=self.problem.notes,
         )
         warn_unless_converged("DSB", report)
-        return DriftBridge(self.problem, forward, self.steering(-1), report, self.grid, self.order)
+        return DriftBridge(self.problem, self.steering(1), self.steering(-1), report, self.grid, self.order)
 
 
 def control_loss(net: nn.Module, x: Tensor, t: Tensor, way: Tensor, target: Tensor, weight: Tensor) -> Tensor:
@@ -346,10 +355,10 @@ def check_base(init: Bridge, problem: Problem) -> None:
         raise InvalidProblem(
             f"init is {old.dtype} on {old.device} and the problem {problem.dtype} on {problem.device}; use init.to(...)"
         )
-    if old.eps != problem.eps or repr(old.reference) != repr(problem.reference):
+    if old.eps != problem.eps or not same_reference(old, problem):
         raise InvalidProblem(
             f"init has eps = {old.eps:g} and {old.reference!r}, the problem eps = {problem.eps:g} and "
-            f"{problem.reference!r}; start from a bridge of the same reference"
+            f"{problem.reference!r}, with other numbers where the names agree; start from a bridge of the same reference"
         )
 
 

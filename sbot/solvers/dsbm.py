@@ -59,7 +59,8 @@ class DSBM(Solver):
     init : the pairs it starts from: "zero", those of the reference (then this is proportional fitting, as `DSB`);
         "independent" (iterative Markovian fitting); a solver, whose bridge between the same marginals then teaches, such as
         ``Sinkhorn()`` on all data or ``PlugIn(samples=256)`` on fresh mini-batches; or any bridge.
-    hold : share of the training that uses the pairs of ``init``; 1 never simulates.  It is 0 for "zero".
+    hold : share of the training that uses the pairs of ``init``; 1 never simulates, and a bridge has then to be of the
+        same reference and eps.  It is 0 for "zero".
     steps : of simulation: a number, a `TimeGrid`, or times from 0 to 1.
     order : 2 for Heun's scheme, two evaluations a step; 1 for Euler-Maruyama, which needs many times the steps.
     pairs : simulated at a time, in each direction.
@@ -93,7 +94,7 @@ class DSBM(Solver):
     pairs: int = 4096
     refresh: int = 200
     fit: FitConfig = field(default_factory=FitConfig)
-    tol: float = 0.02
+    tol: float = 0.005
 
     def __post_init__(self) -> None:
         as_grid(self.steps)
@@ -176,6 +177,8 @@ class _Fitting:
                 raise InvalidProblem(
                     "the bridge given as init is of another space or device; give one of these marginals"
                 )
+            if self.solver.hold == 1:  # nothing else would mend its reference
+                check_base(init, problem)
             return init
         return None
 
@@ -187,7 +190,8 @@ class _Fitting:
         look = max(LOOK, self.count // 10)
         while cursor["step"] < self.count and not training.stopped:
             # before the step, for a run that goes on from a checkpoint of just then
-            if cursor["step"] and cursor["step"] % look == 0 and len(training.history) < cursor["step"] // look:
+            looks = sum(row[0] % look == 0 for row in training.history)  # others are where a callback stopped it
+            if cursor["step"] and cursor["step"] % look == 0 and looks < cursor["step"] // look:
                 self._look()
             self._step()
         if not training.history or training.history[-1][0] != cursor["step"]:
@@ -242,9 +246,9 @@ class _Fitting:
             out[rows] = base((index + 0.5) / TABLE, x[rows])
         return out
 
-    def steering(self, way: int, trained: bool = True) -> Steering:
-        """The control of one direction as it stands."""
-        return Steering(way, self.bases[way], self.trainer.average if trained else None)  # type: ignore[arg-type]
+    def steering(self, way: int) -> Steering:
+        """The control of one direction as it stands, without a network that has not been trained yet: it may be the caller's."""
+        return Steering(way, self.bases[way], self.trainer.average if self.trainer.steps else None)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def _refresh(self) -> None:
@@ -262,10 +266,7 @@ class _Fitting:
                 return torch.randn(like.shape, generator=self.generator, dtype=like.dtype, device=like.device)[mine]
 
             x = start[mine]
-            # before the first step an untrained network of the caller's need not be zero
-            for *_, after in walk(
-                self.chain, self.steering(way, step > 0), x, way, order=self.solver.order, noise=noise
-            ):
+            for *_, after in walk(self.chain, self.steering(way), x, way, order=self.solver.order, noise=noise):
                 x = after
             far[way] = self.group.gather(x, n)
             ends[way] = self.group.gather(start[mine], n)  # draws of processes differ where a sampler has its own seed

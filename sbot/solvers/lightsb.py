@@ -103,7 +103,7 @@ class LightSB(Solver):
     teacher: Any = field(default=None, repr=False, compare=False)
     atoms: int = 4096
     fit: FitConfig = field(default_factory=lambda: FitConfig(lr=1e-2, ema=0.99, clip=None))
-    tol: float = 1e-2
+    tol: float = 5e-3
 
     def __post_init__(self) -> None:
         as_count(self.components, "components")
@@ -119,8 +119,10 @@ class LightSB(Solver):
             )
         if not isinstance(self.fit, FitConfig):
             raise InvalidProblem(f"fit is {self.fit!r}; give sbot.FitConfig(...)")
-        if self.fit.folder is not None or self.fit.autocast:
-            raise InvalidProblem("LightSB trains for seconds, in full precision; drop folder= and autocast= from fit")
+        if self.fit.folder is not None or self.fit.autocast or self.fit.compile:
+            raise InvalidProblem(
+                "LightSB trains for seconds, in full precision; drop folder=, autocast= and compile= from fit"
+            )
         if not 0 < as_number(self.tol, "tol") < math.inf:
             raise InvalidProblem(f"tol is {self.tol}; give a finite number > 0")
 

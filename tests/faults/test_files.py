@@ -9,6 +9,7 @@ import signal
 import time
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -254,3 +255,55 @@ def test_a_folder_in_use_is_refused_and_a_dead_owner_frees_it(tmp_path: Path) ->
     child.signal(signal.SIGKILL)
     child.end()
     assert train("dsbm", tmp_path).report.iterations == STEPS["dsbm"]
+
+
+def _shifted(by: float) -> sbot.Sampler:
+    return sbot.Sampler(lambda n, generator: torch.randn(n, 2, generator=generator) + by)
+
+
+def test_a_folder_is_known_by_what_functions_answer(tmp_path: Path) -> None:
+    """Samplers, drifts and bridges to start from have one name and other numbers."""
+    short = sbot.FitConfig(steps=3, batch=8)
+    mu = sbot.Gaussian(torch.zeros(2), torch.eye(2))
+
+    def run(name: str, nu: sbot.Sampler, reference: Any = None, init: Any = None) -> None:
+        fit = sbot.FitConfig(steps=3, batch=8, folder=tmp_path / name)
+        solver = sbot.DSB(rounds=1, steps=4, fit=fit, tol=1e9)
+        sbot.solve_bridge(mu, nu, 1.0, reference=reference, solver=solver, init=init)
+
+    starts = [
+        sbot.solve_bridge(mu, _shifted(0.0), 1.0, solver=sbot.DSBM(pairs=16, fit=fit, tol=1e9))
+        for fit in (short, sbot.FitConfig(steps=3, batch=8, seed=1))
+    ]
+    same: dict[str, Any] = {"nu": _shifted(0.0)}
+    cases: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+        ("marginal", same, {"nu": _shifted(5.0)}),
+        (
+            "drift",
+            same | {"reference": sbot.Diffusion(lambda t, x: -3 * x)},
+            same | {"reference": sbot.Diffusion(lambda t, x: 0 * x)},
+        ),
+        ("start", same | {"init": starts[0]}, same | {"init": starts[1]}),
+    ]
+    for name, first, other in cases:
+        run(name, **first)
+        run(name, **first)  # goes on
+        with pytest.raises(sbot.InvalidProblem, match=r"holds a run of another problem|other settings"):
+            run(name, **other)
+
+
+def test_a_start_from_another_drift_of_the_same_name_is_refused() -> None:
+    one = sbot.Gaussian([0.0], [[1.0]])
+    references = [sbot.Diffusion(lambda t, x, a=a: a * x) for a in (-3.0, 0.0)]
+    solver = sbot.DSB(rounds=1, steps=4, fit=sbot.FitConfig(steps=2, batch=8), tol=1e9)
+    start = sbot.solve_bridge(one, one, 1.0, reference=references[0], solver=solver)
+    sbot.solve_bridge(one, one, 1.0, reference=references[0], solver=solver, init=start)
+    with pytest.raises(sbot.InvalidProblem, match="start from a bridge of the same reference"):
+        sbot.solve_bridge(one, one, 1.0, reference=references[1], solver=solver, init=start)
+    linear = [sbot.LinearSDE(lambda t, a=a: torch.tensor(a)) for a in (-3.0, 0.0)]
+    start = sbot.solve_bridge(one, one, 1.0, reference=linear[0])
+    with pytest.raises(sbot.InvalidProblem, match="start from a bridge of the same reference"):
+        sbot.solve_bridge(one, one, 1.0, reference=linear[1], solver=solver, init=start)
+    teacher = sbot.DSBM(init=start, hold=1.0, fit=sbot.FitConfig(steps=2, batch=8), tol=1e9)
+    with pytest.raises(sbot.InvalidProblem, match="start from a bridge of the same reference"):
+        sbot.solve_bridge(one, one, 1.0, reference=linear[1], solver=teacher)

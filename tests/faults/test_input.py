@@ -275,3 +275,34 @@ def test_the_networks_given_stay_as_they_were() -> None:
     for kind in KINDS:
         train(kind, module=mine, steps=3)
     assert all(torch.equal(value, before[name]) for name, value in mine.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "said", [lambda x: x[:, :1], lambda x: x.T, lambda x: None, lambda x: x.double(), lambda x: x / 0]
+)
+def test_a_score_with_the_wrong_answer_is_found_before_any_training(said: Any) -> None:
+    class Score(torch.nn.Module):
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> Any:
+            return said(x)
+
+    one = sbot.Gaussian(torch.zeros(2), torch.eye(2))
+    with pytest.raises(sbot.InvalidProblem, match="the network Score"):
+        sbot.solve_bridge(one, one, 1.0, solver=make("dsb", options={"score": Score()}))
+
+
+@pytest.mark.parametrize("solver", SOLVERS.values())
+def test_masses_other_than_one_are_refused(solver: Any) -> None:
+    heavy = sbot.Discrete(torch.randn(6, 2), torch.full((6,), 1 / 3))
+    one = sbot.Gaussian(torch.zeros(2), torch.eye(2))
+    for ends in ((heavy, one), (one, heavy), (heavy, heavy)):
+        with pytest.raises(sbot.Unsupported, match=r"mass 2.*normalise"):
+            sbot.solve_bridge(*ends, 1.0, solver=solver())
+
+
+def test_options_that_would_do_nothing_are_refused() -> None:
+    with pytest.raises(sbot.InvalidProblem, match="drop least="):
+        sbot.TimeGrid(20, "uniform", least=1e-4)
+    with pytest.raises(sbot.InvalidProblem, match="drop least="):
+        sbot.TimeGrid(2, "symmetric", least=1e-4)
+    with pytest.raises(sbot.InvalidProblem, match="compile="):
+        sbot.LightSB(fit=sbot.FitConfig(compile=True))

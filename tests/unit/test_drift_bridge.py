@@ -189,3 +189,43 @@ def test_without_a_density_there_is_no_log_prob() -> None:
     assert math.isfinite(bridge.energy(500).value)
     paths = bridge.sample_paths(50, [0.0, 0.5, 1.0], generator=seeded())
     assert bool(torch.isfinite(paths).all())  # the drift is infinite at the end, and never asked there
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_the_cost_is_within_its_stated_error_on_a_coarse_grid(exact: sbot.Bridge, order: int) -> None:
+    """At the default number of steps, under references whose coefficients depend on time too."""
+    want = float(exact.cost())
+    estimate = simulated(exact, steps=20, order=order).cost_estimate(8_000, generator=seeded())
+    slack = 0.0 if order == 2 else 0.25 * want  # Euler's paths are another law, of first order in the steps
+    assert abs(estimate.value - want) < 4 * estimate.standard_error + slack
+    assert estimate.standard_error < 0.1
+
+
+def test_the_density_in_more_dimensions_than_the_exact_trace() -> None:
+    """Signs of their own for each point: errors do not have one sign at all of them."""
+    d = 70
+    generator = seeded(3)
+    root = torch.randn(d, d, dtype=F64, generator=generator) / d**0.5
+    cov = root @ root.T + 0.3 * torch.eye(d, dtype=F64)
+    exact = sbot.solve_bridge(
+        sbot.Gaussian(torch.zeros(d, dtype=F64), cov),
+        sbot.Gaussian(torch.ones(d, dtype=F64), torch.eye(d, dtype=F64)),
+        1.0,
+    )
+    x = torch.randn(40, d, dtype=F64, generator=generator)
+    miss = simulated(exact).log_prob(0.5, x, steps=20, probes=8) - exact.log_prob(0.5, x)
+    assert float(miss.std()) > 1e-3
+    assert abs(float(miss.mean())) < 4 * float(miss.std()) / len(x) ** 0.5
+    assert float(miss.abs().max()) < 2.0
+
+
+def test_drifts_that_start_from_atoms_have_no_density() -> None:
+    light = sbot.LightSB(components=2, atoms=64, fit=sbot.FitConfig(steps=5, lr=0.01), tol=100.0)
+    nu = sbot.Sampler(lambda n, generator: torch.randn(n, 2, generator=generator))
+    mu = sbot.Gaussian(torch.zeros(2), torch.eye(2))
+    start = sbot.solve_bridge(mu, nu, 1.0, solver=light)
+    bridge = sbot.solve_bridge(
+        mu, nu, 1.0, solver=sbot.DSBM(pairs=16, fit=sbot.FitConfig(steps=2, batch=8), tol=100.0), init=start
+    )
+    with pytest.raises(sbot.Unsupported, match="stands on atoms"):
+        bridge.log_prob(0.3, torch.zeros(3, 2))

@@ -135,3 +135,18 @@ def test_it_moves_and_draws(tmp_path: Path) -> None:
     torch.testing.assert_close(double.drift(0.5, X.double()).float(), bridge.drift(0.5, X), atol=1e-5, rtol=1e-5)
     for kind in ("auto", "paths", "marginals", "convergence", "plan"):
         assert bridge.plot(kind).axes
+
+
+def test_a_network_of_the_callers_below_another_is_given_again(tmp_path: Path) -> None:
+    first = sbot.solve_bridge(MU, NU, 0.7, solver=sbot.DSBM(net=Mine(), fit=SHORT, tol=100.0))
+    second = sbot.solve_bridge(MU, NU, 0.7, solver=sbot.DSBM(fit=SHORT, pairs=32, tol=100.0), init=first)
+    same(second, round_trip(second, tmp_path, net=Mine()))
+    scored = sbot.solve_bridge(MU, NU, 0.7, solver=sbot.DSB(half_steps=2, score=Mine(), fit=SHORT, tol=1e9))
+    third = sbot.solve_bridge(MU, NU, 0.7, solver=sbot.DSBM(fit=SHORT, pairs=32, tol=100.0), init=scored)
+    same(third, round_trip(third, tmp_path, score=Mine()))
+
+
+def test_a_network_for_both_ways_stays_one_in_another_dtype() -> None:
+    bridge = sbot.solve_bridge(MU, NU, 0.7, solver=sbot.DSBM(fit=SHORT, pairs=32, tol=100.0))
+    moved = bridge.to(dtype=torch.float64)
+    assert moved.forward.net is moved.backward.net

@@ -14,7 +14,11 @@ import torch
 from torch import Tensor
 
 import sbot
+from sbot.neural.residual import marginal_residual
+from sbot.neural.training import Training
 from sbot.reference import LinearReference
+from sbot.sde import Chain, TimeGrid
+from sbot.steering import BridgeBase, Steering
 
 EPS = 1.0
 #: On means, and on the entries of covariances, after the trainings below.
@@ -359,3 +363,98 @@ def test_images_go_through_a_u_net() -> None:
     assert bridge.interpolate(0.5, 2).shape == (2, 1, 8, 8)
     assert bridge.transport(paths[:1, 0]).shape == (1, 1, 8, 8)
     assert math.isfinite(bridge.energy(8).value)
+
+
+def test_a_network_that_learned_nothing_says_nothing() -> None:
+    """One of the caller's need not be zero at the start; beside a given score it is not asked before its own half-step."""
+    mu, nu = ends(2)
+    x = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
+    loud = Loud()
+    for half_steps in (1, 2):
+        solver = sbot.DSB(net=loud, half_steps=half_steps, score=Score(mu), fit=fit(1, batch=8), tol=100.0)
+        bridge = sbot.solve_bridge(mu, nu, EPS, solver=solver)
+        torch.testing.assert_close(bridge.reverse_drift(0.5, x), EPS * Score(mu)(x, torch.full((5,), 0.5)))
+    assert float((bridge.drift(0.5, x)).abs().min()) > 1  # this one has had its half-step
+
+
+class Loud(torch.nn.Module):
+    """Far from zero at the start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = torch.nn.Parameter(torch.full((2,), 5.0))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return 0 * x + self.shift
+
+
+def test_the_score_given_is_copied_and_at_rest() -> None:
+    mu, nu = ends(2)
+    score = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(0.5))
+    given = Asked(score)
+    bridge = sbot.solve_bridge(mu, nu, EPS, solver=sbot.DSB(half_steps=1, score=given, fit=fit(1), tol=100.0))
+    x = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
+    first = bridge.reverse_drift(0.5, x)
+    with torch.no_grad():
+        score[0].weight *= 10
+    torch.testing.assert_close(bridge.reverse_drift(0.5, x), first, atol=0, rtol=0)
+    assert not first.requires_grad
+    assert given.training and all(p.requires_grad for p in given.parameters())
+
+
+class Asked(torch.nn.Module):
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+def test_the_default_tolerance_sees_ends_that_are_off() -> None:
+    """A shift by a fifth of a standard deviation, or a variance of 0.75 for 0.5, does not count as converged."""
+    for law in (sbot.Gaussian([0.2], [[1.0]]), sbot.Gaussian([0.0], [[1.5]])):
+        truth = sbot.Gaussian([0.0], [[1.0]])
+        start = sbot.solve_bridge(law, law, EPS)  # its drifts keep a law that is not the marginal
+        problem = sbot.solve_bridge(law, truth, EPS).problem
+        chain = Chain(problem.reference, TimeGrid(20).times(EPS), EPS, torch.empty(()), (1,))
+        control = Steering(1, BridgeBase(start, problem.reference, 1), None)
+        residual = marginal_residual(problem, chain, control, 1, 0, 2)
+        assert residual > sbot.DSB().tol == sbot.DSBM().tol
+        exact = Steering(1, BridgeBase(sbot.solve_bridge(law, truth, EPS), problem.reference, 1), None)
+        assert marginal_residual(problem, chain, exact, 1, 0, 2) < sbot.DSB().tol
+
+
+def test_events_of_any_shape_have_a_network() -> None:
+    short = fit(2, batch=4)
+    for event in ((3, 4), (2, 2, 3, 2), (3, 1, 5), (1, 1, 1)):
+        law = sbot.Sampler(lambda n, generator, e=event: torch.randn((n, *e), generator=generator))
+        for solver in (
+            sbot.DSB(rounds=1, steps=3, fit=short, tol=1e9, cache=sbot.Cache(paths=4)),
+            sbot.DSBM(steps=3, pairs=8, fit=short, tol=1e9),
+        ):
+            bridge = sbot.solve_bridge(law, law, EPS, solver=solver)
+            assert bridge.sample_paths(2, [0.0, 0.5, 1.0]).shape == (2, 3, *event)
+
+
+def test_the_cache_keeps_to_its_memory() -> None:
+    """Rows and the order in which they are used; many uses of few bytes would else be mostly order."""
+    kept: list[int] = []
+
+    def look(state: sbot.Progress) -> None:
+        kept.append(max(fitting_bytes()))
+
+    def fitting_bytes() -> list[int]:
+        import gc
+
+        found = [o for o in gc.get_objects() if isinstance(o, Training)]
+        return [sum(v.numel() * v.element_size() for v in training.kept.values()) for training in found]
+
+    one = sbot.Gaussian([0.0], [[1.0]])
+    memory = 2**16
+    for reuse in (1, 16):
+        solver = sbot.DSB(
+            rounds=1, cache=sbot.Cache(reuse=reuse, memory=memory), fit=fit(30, callbacks=(look,)), tol=100.0
+        )
+        sbot.solve_bridge(one, one, EPS, solver=solver)
+    assert memory / 4 < max(kept) <= memory

@@ -194,3 +194,17 @@ def test_refused_problems(generator):
     bad = sbot.Sampler(lambda n, g: torch.full((n, 2), torch.nan), (2,), like=torch.empty(0))
     with pytest.raises(sbot.InvalidProblem, match="NaN"):
         sbot.solve_bridge(bad, nu, 1.0, solver=sbot.PlugIn(10))
+
+
+def test_the_cost_counts_the_mass(generator):
+    """All atoms of a measure of mass two: the plug-in bridge is the problem itself; fewer atoms than it has are draws."""
+    x, y = clouds(50, 50, 2, generator)
+    a = torch.full((50,), 2 / 50, dtype=x.dtype)
+    whole = sbot.solve_bridge((x, a), (y, a), 1.0)
+    light = sbot.LightSB(components=30, tol=1.0, fit=sbot.FitConfig(steps=300, lr=0.02))
+    learned = sbot.solve_bridge((x, a), (y, a), 1.0, solver=light)
+    assert float(learned.cost()) == pytest.approx(float(whole.cost()), rel=0.1)
+    some = learned.coupling.estimate(40), learned.coupling.estimate_linear(4000)
+    assert abs(some[0].value - float(whole.cost())) < 5 * some[0].standard_error + 0.1 * float(whole.cost())
+    want = float(whole.linear_cost())
+    assert abs(some[1].value - want) < 5 * some[1].standard_error + 0.1 * want
