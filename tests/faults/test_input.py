@@ -99,7 +99,7 @@ def test_a_sampler_that_raises_keeps_the_checkpoint(kind: str, tmp_path: Path) -
 
     def draw(n: int, generator: torch.Generator | None) -> Tensor:
         draws.append(n)
-        if len(draws) == 5:
+        if len(draws) == 7:
             raise Gone("the store is gone")
         return torch.randn(n, 2, generator=generator)
 
