@@ -32,6 +32,7 @@ GAUSSIANS: dict[int, dict[str, Plan]] = {
     d: {
         "DSBM": {
             "class": "DSBM",
+            "refresh": 200,
             "steps": GAUSSIAN_STEPS,
             "refresh": 100,
             "mlp": BOTH_WAYS,
@@ -39,6 +40,7 @@ GAUSSIANS: dict[int, dict[str, Plan]] = {
         },
         "DSBM, started from Gaussian fits": {
             "class": "DSBM",
+            "refresh": 200,
             "steps": GAUSSIAN_STEPS,
             "refresh": 100,
             "start": "gaussian fits",
@@ -71,6 +73,7 @@ MIXTURES: dict[tuple[int, float], dict[str, Plan]] = {
             {
                 "DSBM": {
                     "class": "DSBM",
+                    "refresh": 200,
                     "steps": 20,
                     "start": "gaussian fits",
                     "mlp": BOTH_WAYS,
@@ -125,6 +128,7 @@ CELLS: dict[str, Plan] = {
     "LightSB": {"class": "LightSB", "components": 100, "covariance": "diagonal", "fit": LIGHT | {"steps": 1_000}},
     "DSBM, started from Gaussian fits": {
         "class": "DSBM",
+        "refresh": 200,
         "start": "gaussian fits",
         "mlp": BOTH_WAYS,
         "fit": LONG | {"steps": 2_000},
@@ -158,6 +162,7 @@ DIGITS: dict[str, Plan] = {
     },
     "DSBM": {
         "class": "DSBM",
+        "refresh": 200,
         "steps": 20,
         "pairs": 512,
         "unet": {"width": 16, "directed": True},

@@ -92,7 +92,7 @@ class DSBM(Solver):
     steps: Any = 12
     order: int = 2
     pairs: int = 4096
-    refresh: int = 200
+    refresh: int = 300
     fit: FitConfig = field(default_factory=FitConfig)
     tol: float = 0.005
 
