@@ -9,6 +9,7 @@ from typing import Any
 
 from .. import report
 from .common import Options, Result, Row
+from .goals import GOALS
 
 
 def save(result: Result, out: Path, options: Options, env: Row) -> list[str]:
@@ -22,6 +23,7 @@ def save(result: Result, out: Path, options: Options, env: Row) -> list[str]:
         *(["*A quick run: sizes in the text are those of a full one.*"] if options.quick else []),
         result.body,
         *(f"![{name.removesuffix('.png')}]({name})" for name in pictures),
+        *(["## Goals", GOALS[result.name]] if result.name in GOALS else []),
         "## Settings",
         report.table(["contender", "settings"], [[name, value] for name, value in result.settings.items()]),
     ]
