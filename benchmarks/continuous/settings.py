@@ -32,7 +32,6 @@ GAUSSIANS: dict[int, dict[str, Plan]] = {
     d: {
         "DSBM": {
             "class": "DSBM",
-            "refresh": 200,
             "steps": GAUSSIAN_STEPS,
             "refresh": 100,
             "mlp": BOTH_WAYS,
@@ -40,7 +39,6 @@ GAUSSIANS: dict[int, dict[str, Plan]] = {
         },
         "DSBM, started from Gaussian fits": {
             "class": "DSBM",
-            "refresh": 200,
             "steps": GAUSSIAN_STEPS,
             "refresh": 100,
             "start": "gaussian fits",
