@@ -133,7 +133,7 @@ def scaled_iterations(state: State, limit: int, every: int, check: Check) -> boo
 
     u, v, kept_a, kept_b = absorb()
     while True:
-        sums = _product(absorbed.mT, a * u)
+        sums = product(absorbed.mT, a * u)
         last = state.iterations >= limit
         if state.iterations % every == 0 or last:
             spread = float(torch.maximum(u.log().abs().amax(), v.log().abs().amax()))
@@ -148,12 +148,13 @@ def scaled_iterations(state: State, limit: int, every: int, check: Check) -> boo
                     state.translate()
                     state.f_step()
                 u, v, kept_a, kept_b = absorb()
-                sums = _product(absorbed.mT, a * u)
+                sums = product(absorbed.mT, a * u)
         v = scaling(sums, lam_b, kept_b, live[1])
-        u = scaling(_product(absorbed, b * v), lam_a, kept_a, live[0])
+        u = scaling(product(absorbed, b * v), lam_a, kept_a, live[0])
         state.iterations += 1
 
 
-def _product(matrix: Tensor, vector: Tensor) -> Tensor:
+def product(matrix: Tensor, vector: Tensor) -> Tensor:
+    """Of a matrix, or of each of a batch, with a vector."""
     with linalg.full_precision():
         return torch.mv(matrix, vector) if matrix.ndim == 2 else (matrix @ vector[..., None])[..., 0]

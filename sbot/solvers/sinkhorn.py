@@ -24,12 +24,16 @@ from ..potentials import Atoms
 from ..problem import Problem
 from .base import Progress, Solver, reporting
 from .halfsteps import State, log_iterations, scaled_iterations
+from .newton import newton_iterations
 from .schedule import Schedule
 
 #: Iterations that a stage before the last may take: it only has to be near.
 STAGE_LIMIT = 100
 #: Checks without a new best error (by a thousandth) after which the last stage counts as stalled.
 PATIENCE = 50
+#: Newton takes over where the error is below NEAR and half-steps would take more than PAYS further iterations, at the rate of the
+#: last LOOK_BACK checks.
+NEAR, PAYS, LOOK_BACK = 0.03, 200, 5
 #: Marginal error that rounding leaves, in units of ``machine epsilon * max|C| / eps``: a few times what was measured when
 #: potentials are much smaller than the cost (docs/conventions.md), about what it is when they are as large.
 REACH = 0.5
@@ -104,6 +108,7 @@ class Sinkhorn(Solver):
             for k, (eps, tolerance) in enumerate(stages):
                 last = k == len(stages) - 1
                 watch = _Watch(eps, tolerance, last, goal.reach, history, report)
+                watch.foresee = last and state.absorbed is not None and problem.relax == (math.inf, math.inf)
                 self._stage(state, eps, last, watch)
                 reason = watch.reason
             state.centre()
@@ -186,6 +191,9 @@ class Sinkhorn(Solver):
                     if not last:
                         return
                     state.f_step()
+                    if watch.slow:
+                        watch.foresee = False
+                        watch.newton = newton_iterations(state, limit, watch)
                 else:
                     state.f, state.g = before
         # the last word, and the error that is reported, are the log domain's
@@ -245,6 +253,8 @@ class _Watch:
         self.eps, self.tolerance, self.last, self.reach = eps, tolerance, last, reach
         self.history, self.report = history, report
         self.best, self.waited, self.stopped, self.stalled = math.inf, 0, False, False
+        self.first = len(history)
+        self.foresee, self.slow, self.newton = False, False, 0
 
     def __call__(self, iteration: int, error: float) -> bool:
         if math.isnan(error):
@@ -257,8 +267,18 @@ class _Watch:
         self.best = min(self.best, error)
         # once said it stays said: the closing check in the log domain must not turn it into another reason
         self.stalled |= self.last and self.waited >= PATIENCE and self.best <= 2 * self.reach
-        self.stopped = error <= self.tolerance or self.stalled
+        self.slow = self.foresee and self._left() > PAYS
+        self.stopped = error <= self.tolerance or self.stalled or self.slow
         return self.stopped
+
+    def _left(self) -> float:
+        """Iterations to the tolerance at the rate of the last ones; 0 where it is not known yet."""
+        past = self.history[self.first :][-LOOK_BACK:]
+        iterations, error = past[-1][0] - past[0][0], past[-1][2]
+        if len(past) < LOOK_BACK or error > NEAR or error <= self.tolerance:
+            return 0.0
+        fall = math.log(past[0][2] / error) / iterations
+        return math.log(error / max(self.tolerance, 1e-300)) / fall if fall > 0 else math.inf
 
     @property
     def reason(self) -> str:
