@@ -130,3 +130,8 @@ def matrix(op: Tensor, d: int) -> Tensor:
 def log_gaussian_constant(cov: Tensor, d: int) -> Tensor:
     """``log sqrt(det(2 pi cov))``, the normaliser of a Gaussian density."""
     return (d * math.log(2 * math.pi) + logdet(cov, d)) / 2
+
+
+def product(matrix: Tensor, vector: Tensor) -> Tensor:
+    """Of a matrix ``(*b, n, m)`` with a vector ``(*b, m)``, for each of a batch."""
+    return torch.mv(matrix, vector) if matrix.ndim == 2 else (matrix @ vector[..., None])[..., 0]

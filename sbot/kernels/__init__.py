@@ -8,18 +8,19 @@ import torch
 from torch import Tensor
 
 from ..costs import Cost, MatrixCost
-from .base import LogKernel
+from .base import LogKernel, Pass
+from .conditionals import Conditionals
 from .dense import DenseKernel
 from .memory import require_memory
 from .tiled import TiledKernel
 
-__all__ = ["DenseKernel", "LogKernel", "TiledKernel", "make_kernel", "require_memory", "store"]
+__all__ = ["Conditionals", "DenseKernel", "LogKernel", "Pass", "TiledKernel", "make_kernel", "require_memory", "store"]
 
 
 def make_kernel(cost: Cost, x: Tensor, y: Tensor, *, memory: int = 0) -> LogKernel:
     """The kernel between ``x`` ``(*b, n, d)`` and ``y`` ``(*b, m, d)``: stored within ``memory`` bytes, else tiled.
 
-    The budget counts the matrix and the absorbed kernel that a solver keeps beside it.  A cost that was given as a
+    The budget counts the matrix and the conditional laws that a solver keeps beside it.  A cost that was given as a
     matrix is stored already.
     """
     if isinstance(cost, MatrixCost):

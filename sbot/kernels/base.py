@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,18 @@ from .. import linalg
 TILE_BYTES = 2**22
 ACCELERATOR_TILE_BYTES = 2**27
 LN2 = math.log(2)
+
+
+#: what a pass shows its tiles to: rows, and the conditional laws ``K_ij`` of these rows
+Keep = Callable[[slice, Tensor], None]
+
+
+class Pass(NamedTuple):
+    """What one pass over a plan finds: ``lse_i``, the masses of rows ``r_i`` and of columns ``c_j`` (in float64)."""
+
+    lse: Tensor
+    rows: Tensor
+    columns: Tensor
 
 
 class LogKernel(ABC):
@@ -127,6 +139,38 @@ class LogKernel(ABC):
                 avg[..., rows, :] = (z @ values) / total[..., None]
         offset = self.offset(unit)
         return (lse if offset is None else lse.add_(offset)).mul_(LN2), avg
+
+    def conditionals(self, bias: Tensor, eps: float, weights: Tensor, power: float, keep: Keep | None = None) -> Pass:
+        """One pass over the plan ``P_ij = r_i K_ij`` with ``K`` the softmax over j of ``bias_j - C_ij / eps``.
+
+        The row masses are ``r_i = weights_i exp(power lse_i)``: power 0 prescribes them.  What one pass can know of P is
+        returned, and ``keep`` is shown the tiles of K, each gone when the next is made.  Memory is one tile.
+        """
+        lse = torch.empty((*self.batch_shape, self.shape[0]), dtype=self.dtype, device=self.device)
+        mass = torch.empty_like(lse)
+        # single precision sums of a hundred thousand rows would lose what the columns differ by
+        columns = torch.zeros(bias.shape, dtype=torch.float64, device=self.device)
+        unit = eps * LN2
+        column, offset = self.column(bias / LN2, unit), self.offset(unit)
+        scratch: Tensor | None = None
+        with torch.no_grad(), linalg.full_precision():
+            for rows in self.tiles():
+                size = rows.stop - rows.start
+                if scratch is None or scratch.shape[-2] < size:
+                    scratch = self.buffer(size)
+                z = self.logits(rows, column, unit, scratch[..., :size, :])
+                top = z.amax(-1, keepdim=True)
+                top = top.masked_fill_(top == -torch.inf, 0)  # an empty row: 2^-inf = 0, not NaN
+                total = z.sub_(top).exp2_().sum(-1)
+                level = top.squeeze(-1) + total.log2()
+                level = (level if offset is None else level + offset[..., rows]) * LN2
+                share = weights[..., rows] if power == 0 else weights[..., rows] * torch.exp(power * level)
+                lse[..., rows], mass[..., rows] = level, share
+                total = total.clamp_(min=torch.finfo(self.dtype).tiny)
+                columns += linalg.product(z.mT, share / total)
+                if keep is not None:
+                    keep(rows, z.div_(total[..., None]))
+        return Pass(lse, mass, columns)
 
     def softmax_tiles(self, bias: Tensor, eps: float, lse: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """``exp(bias_j - C_ij / eps - lse_i)`` by tiles of rows, all in one buffer: each is gone when the next is made."""

@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from .base import LN2, LogKernel
+from .base import LogKernel
 
 
 @final
@@ -43,12 +43,3 @@ class DenseKernel(LogKernel):
         # a transposed view: lay the tile out as the matrix is, or every operation strides through memory
         shape = (*self.batch_shape, self.shape[1], rows)
         return torch.empty(shape, dtype=self.dtype, device=self.device).mT
-
-    def absorb(self, f: Tensor, g: Tensor, eps: float, out: Tensor) -> Tensor:
-        """``exp((f_i + g_j - C_ij) / eps)`` into ``out`` ``(*b, n, m)``; ``-inf`` in a potential drops its atom."""
-        unit = eps * LN2  # base 2, as in `reduce`
-        left, right = f[..., None] / unit, g[..., None, :] / unit
-        for rows in self.tiles():
-            tile = torch.add(right, self.entries(rows), alpha=-1 / unit, out=out[..., rows, :])
-            tile.add_(left[..., rows, :]).exp2_()
-        return out

@@ -17,23 +17,22 @@ from ..bridge import Bridge, Report
 from ..costs import MatrixCost
 from ..diffusion import Intractable
 from ..errors import InvalidProblem, NotConverged, NumericalError, PrecisionWarning
-from ..kernels import DenseKernel, make_kernel
+from ..kernels import Conditionals, DenseKernel, make_kernel
 from ..measures import Discrete
 from ..potential_bridge import PotentialBridge
 from ..potentials import Atoms
 from ..problem import Problem
 from .base import Progress, Solver, reporting
-from .halfsteps import State, log_iterations, scaled_iterations
-from .newton import newton_iterations
+from .halfsteps import TRUST, Exact, HalfSteps, State, Step
+from .newton import Newton
 from .schedule import Schedule
 
 #: Iterations that a stage before the last may take: it only has to be near.
 STAGE_LIMIT = 100
-#: Checks without a new best error (by a thousandth) after which the last stage counts as stalled.
-PATIENCE = 50
-#: Newton takes over where the error is below NEAR and half-steps would take more than PAYS further iterations, at the rate of the
-#: last LOOK_BACK checks.
-NEAR, PAYS, LOOK_BACK = 0.03, 200, 5
+#: Looks at the error without a new best (by a thousandth) after which the last stage counts as stalled.
+PATIENCE = 10
+#: Half-steps in a row; where more would be needed at the rate of the last ones, Newton takes over.
+RUN = 30
 #: Marginal error that rounding leaves, in units of ``machine epsilon * max|C| / eps``: a few times what was measured when
 #: potentials are much smaller than the cost (docs/conventions.md), about what it is when they are as large.
 REACH = 0.5
@@ -104,12 +103,11 @@ class Sinkhorn(Solver):
         with torch.no_grad(), reporting(progress, "Sinkhorn") as report:
             state, stages, goal = self._prepare(problem, init)
             history: list[tuple[int, float, float]] = []
-            reason = "max_iter"
+            reason, counts = "max_iter", dict.fromkeys((Exact.name, HalfSteps.name, Newton.name), 0)
             for k, (eps, tolerance) in enumerate(stages):
                 last = k == len(stages) - 1
                 watch = _Watch(eps, tolerance, last, goal.reach, history, report)
-                watch.foresee = last and state.absorbed is not None and problem.relax == (math.inf, math.inf)
-                self._stage(state, eps, last, watch)
+                self._stage(state, eps, last, watch, counts)
                 reason = watch.reason
             state.centre()
             phi, psi = _potentials(problem, state)
@@ -126,7 +124,7 @@ class Sinkhorn(Solver):
             tolerance=tolerance,
             history=tuple(history),
             seconds=time.perf_counter() - start,
-            notes=goal.notes,
+            notes=(*goal.notes, _account(counts, state)),
         )
         if not outcome.converged:
             warnings.warn(
@@ -157,9 +155,9 @@ class Sinkhorn(Solver):
         storage = "stored" if isinstance(kernel, DenseKernel) else "streamed"
         goal = replace(goal, notes=(*problem.notes, *goal.notes, f"cost {storage}, {len(stages)} values of eps"))
         a, b = mu.weights.detach(), nu.weights.detach()
-        fits = isinstance(kernel, DenseKernel) and kernel.matrix.numel() * kernel.dtype.itemsize <= self.memory
-        absorbed = torch.empty_like(kernel.matrix) if isinstance(kernel, DenseKernel) and fits else None
-        state = State(kernel, a, b, problem.relax, torch.zeros_like(a), g, absorbed)
+        taken = kernel.matrix.numel() * kernel.dtype.itemsize if isinstance(kernel, DenseKernel) else 0
+        model = Conditionals(kernel, max(0, self.memory - (0 if isinstance(problem.cost, MatrixCost) else taken)))
+        state = State(kernel, a, b, problem.relax, g, model if model.possible else None)
         return state, stages, goal
 
     def _goal(self, problem: Problem, largest: float) -> _Goal:
@@ -178,26 +176,44 @@ class Sinkhorn(Solver):
             warnings.warn(f"{note}; use float64, a larger eps or tol=None", PrecisionWarning, stacklevel=5)
         return _Goal(reach, reach, (note,))
 
-    def _stage(self, state: State, eps: float, last: bool, watch: _Watch) -> None:
-        """One eps: from safe log-domain half-steps to products where the kernel is stored."""
+    def _stage(self, state: State, eps: float, last: bool, watch: _Watch, counts: dict[str, int]) -> None:
+        """One eps: half-steps while they gain enough, then Newton; every step ends in the log domain, which alone is believed."""
         limit = self.max_iter if last else min(self.max_iter, state.iterations + STAGE_LIMIT)
         state.eps = eps
-        state.f_step()
-        if state.absorbed is not None:
-            log_iterations(state, min(limit, state.iterations + 1), 1, watch)
-            before = state.f, state.g
-            if not watch.stopped and state.iterations < limit:
-                if scaled_iterations(state, limit, 5, watch):
-                    if not last:
-                        return
-                    state.f_step()
-                    if watch.slow:
-                        watch.foresee = False
-                        watch.newton = newton_iterations(state, limit, watch)
-                else:
-                    state.f, state.g = before
-        # the last word, and the error that is reported, are the log domain's
-        log_iterations(state, state.iterations if watch.stalled else max(limit, state.iterations), 1, watch)
+        state.settle()
+        step: Step = HalfSteps()
+        while not watch(state.iterations, error := state.error()) and state.iterations < limit:
+            begun = state.iterations
+            step = _fitting(step, state)
+            most = limit - begun
+            step.advance(state, min(RUN, most) if isinstance(step, HalfSteps) else most, watch.peek)
+            took = state.iterations - begun
+            counts[step.name] += took if isinstance(step, HalfSteps) else 1
+            step = _next(step, error, state.error(), took, watch.tolerance)
+
+
+def _fitting(step: Step, state: State) -> Step:
+    """``step``, where the state allows it: a model and masses that are not too far off, else the exact half-step."""
+    if not state.known:
+        return Exact()
+    off = torch.where(state.live[1], (state.goal() / state.columns).log().abs(), 0.0)
+    return step if bool((off <= TRUST).all()) else Exact()
+
+
+def _next(step: Step, before: float, after: float, took: int, tolerance: float) -> Step:
+    """Half-steps as long as a run of them will do, Newton as long as it gains."""
+    if isinstance(step, Newton):
+        return step if after < 0.9 * before else HalfSteps()
+    fall = math.log(before / after) / took if 0 < after < before else 0.0
+    left = math.log(max(after, 1e-300) / max(tolerance, 1e-300)) / fall if fall > 0 else math.inf
+    return HalfSteps() if isinstance(step, Exact) or left <= RUN else Newton()
+
+
+def _account(counts: dict[str, int], state: State) -> str:
+    done = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    if state.known and state.model is not None and state.model.sparse:
+        done += f"; {state.model.share:.1%} of the plan's entries kept at the end"
+    return f"{done or 'nothing to do'}; {state.passes} passes over the cost"
 
 
 def _warm(problem: Problem, init: Bridge) -> Tensor:
@@ -252,33 +268,27 @@ class _Watch:
     ) -> None:
         self.eps, self.tolerance, self.last, self.reach = eps, tolerance, last, reach
         self.history, self.report = history, report
-        self.best, self.waited, self.stopped, self.stalled = math.inf, 0, False, False
-        self.first = len(history)
-        self.foresee, self.slow, self.newton = False, False, 0
+        self.best, self.waited, self.stalled = math.inf, 0, False
 
     def __call__(self, iteration: int, error: float) -> bool:
         if math.isnan(error):
             raise NumericalError(
                 f"the marginal error is {error} at iteration {iteration}; rescale the cost, raise eps or use float64"
             )
-        self.history.append((iteration, self.eps, error))
-        self.report(Progress(iteration, self.eps, error, self.tolerance))
+        self._note(iteration, error)
         self.waited = 0 if error < 0.999 * self.best else self.waited + 1
         self.best = min(self.best, error)
-        # once said it stays said: the closing check in the log domain must not turn it into another reason
-        self.stalled |= self.last and self.waited >= PATIENCE and self.best <= 2 * self.reach
-        self.slow = self.foresee and self._left() > PAYS
-        self.stopped = error <= self.tolerance or self.stalled or self.slow
-        return self.stopped
+        self.stalled = self.last and self.waited >= PATIENCE and self.best <= 2 * self.reach
+        return error <= self.tolerance or self.stalled
 
-    def _left(self) -> float:
-        """Iterations to the tolerance at the rate of the last ones; 0 where it is not known yet."""
-        past = self.history[self.first :][-LOOK_BACK:]
-        iterations, error = past[-1][0] - past[0][0], past[-1][2]
-        if len(past) < LOOK_BACK or error > NEAR or error <= self.tolerance:
-            return 0.0
-        fall = math.log(past[0][2] / error) / iterations
-        return math.log(error / max(self.tolerance, 1e-300)) / fall if fall > 0 else math.inf
+    def peek(self, iteration: int, error: float) -> bool:
+        """Between passes: whether the model says that a pass would find the goal reached."""
+        self._note(iteration, error)
+        return error <= 0.5 * self.tolerance
+
+    def _note(self, iteration: int, error: float) -> None:
+        self.history.append((iteration, self.eps, error))
+        self.report(Progress(iteration, self.eps, error, self.tolerance))
 
     @property
     def reason(self) -> str:

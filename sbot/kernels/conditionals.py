@@ -1,0 +1,145 @@
+"""The conditional laws of a plan, kept: what iterations between two passes over the kernel work on."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import final
+
+import torch
+from torch import Tensor
+
+from .. import linalg
+from .base import LogKernel
+
+#: Entries smaller than this, of a row that sums to one, are left out.
+CUT = 1e-9
+#: Share of entries up to which the sparse form is made: the dense one is quicker to fill, and not much slower beyond.
+SPARSE = 0.05
+#: Entries below which a matrix is so quickly multiplied that no other form is worth making.
+SMALL = 2**17
+#: Bytes of an entry of the sparse form: two values in double precision and two column numbers.
+SPARSE_BYTES = 32
+
+
+@final
+class Conditionals:
+    """``K_ij = P_ij / r_i``, close to the plan it was filled from, ``(*b, n, m)``.
+
+    Single precision, and sparse where nearly all entries are nothing: it is a model of the plan, which saves work, and never
+    decides a result.  What it leaves out of each row and column is known to whoever fills it, from the same pass.
+
+    Parameters
+    ----------
+    kernel : gives shape and device.
+    memory : bytes allowed.  Where the matrix does not fit, only a sparse one is kept; where that does not fit, nothing is.
+    """
+
+    def __init__(self, kernel: LogKernel, memory: int) -> None:
+        self.shape, self.batch_shape, self.device = kernel.shape, kernel.batch_shape, kernel.device
+        self.pairs = math.prod(self.batch_shape) * kernel.shape[0] * kernel.shape[1]
+        # products with sparse rows need MKL on a CPU
+        usable = torch.backends.mkl.is_available() if self.device.type == "cpu" else self.device.type == "cuda"  # type: ignore[no-untyped-call]
+        self.sparse_works = usable and not self.batch_shape
+        self.most = int(min(SPARSE * self.pairs, memory / SPARSE_BYTES))
+        fits = 4 * self.pairs <= memory
+        self.dense = (
+            torch.empty((*self.batch_shape, *self.shape), dtype=torch.float32, device=self.device) if fits else None
+        )
+        self._pieces: list[tuple[Tensor, Tensor, Tensor]] | None = None
+        self._rows: Tensor | None = None
+        self._columns: Tensor | None = None
+        self.share = 1.0
+
+    @property
+    def possible(self) -> bool:
+        """Whether there is room for anything at all."""
+        return self.dense is not None or (self.sparse_works and self.most > 0)
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the sparse form is in use."""
+        return self._rows is not None
+
+    def open(self) -> None:
+        """Forget what is kept; `keep` may be called for the new tiles."""
+        self._rows = self._columns = None
+        sparse = self.sparse_works and (self.dense is None or self.pairs > SMALL)
+        self._pieces, self._kept = ([] if sparse else None), 0
+
+    def keep(self, rows: slice, tile: Tensor) -> None:
+        """Take a tile of rows; see `LogKernel.conditionals`."""
+        if self._pieces is not None:
+            found = tile > CUT
+            index = found.nonzero()
+            self._kept += len(index)
+            if self._kept > self.most:
+                self._recover(rows)
+            else:
+                self._pieces.append((found.sum(-1), index[:, 1], tile[found]))
+                return
+        if self.dense is not None:
+            self.dense[..., rows, :].copy_(tile)
+
+    def _recover(self, rows: slice) -> None:
+        """Too many entries for the sparse form: from here on dense, where there is room."""
+        pieces, self._pieces = self._pieces, None
+        if self.dense is None or not pieces:
+            return
+        start = self.dense[: rows.start].zero_()
+        counts = torch.cat([count for count, _, _ in pieces])
+        row = torch.repeat_interleave(torch.arange(rows.start, device=self.device), counts)
+        column = torch.cat([index for _, index, _ in pieces])
+        start[row, column] = torch.cat([value for _, _, value in pieces]).float()
+
+    def close(self) -> bool:
+        """All tiles are in: whether there is anything to work with."""
+        if self._pieces is None:
+            self.share = 1.0
+            return self.dense is not None
+        counts, index, values = (torch.cat(parts) for parts in zip(*self._pieces, strict=True))
+        self._pieces = None
+        self.share = len(values) / self.pairs
+        ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch calls its sparse rows a beta
+            self._rows = torch.sparse_csr_tensor(ends, index, values.double(), self.shape, check_invariants=False)
+            flipped = self._rows.to_sparse_csc()
+            self._columns = torch.sparse_csr_tensor(
+                flipped.ccol_indices(),
+                flipped.row_indices(),
+                flipped.values(),
+                self.shape[::-1],
+                check_invariants=False,
+            )
+        return True
+
+    def times(self, v: Tensor) -> Tensor:
+        """``K v``, ``(*b, n)``, in float64."""
+        if self._rows is not None:
+            return self._rows @ v
+        assert self.dense is not None
+        return linalg.product(self.dense, v.float()).double()
+
+    def transposed_times(self, u: Tensor) -> Tensor:
+        """``K' u``, ``(*b, m)``, in float64."""
+        if self._columns is not None:
+            return self._columns @ u
+        assert self.dense is not None
+        return linalg.product(self.dense.mT, u.float()).double()
+
+    def squares(self, w: Tensor) -> Tensor:
+        """``sum_i w_i K_ij^2``, ``(*b, m)``."""
+        if self._columns is not None:
+            c = self._columns
+            squared = torch.sparse_csr_tensor(
+                c.crow_indices(), c.col_indices(), c.values().square(), c.shape, check_invariants=False
+            )
+            return squared @ w
+        assert self.dense is not None
+        out = torch.zeros((*self.batch_shape, self.shape[1]), dtype=torch.float64, device=self.device)
+        step = max(1, 2**20 // max(1, self.pairs // self.shape[0]))
+        for start in range(0, self.shape[0], step):
+            part = self.dense[..., start : start + step, :].square()
+            out += linalg.product(part.mT, w[..., start : start + step].float())
+        return out
