@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property
@@ -192,10 +193,17 @@ class MatrixCost(Cost):
             raise InvalidProblem(f"the cost matrix has shape {tuple(values.shape)}; give (n, m) with n, m >= 1")
         self.source_dtype = values.dtype
         self.values = values.to(compute_dtype(values.dtype))
-        if bool(torch.isnan(self.values).any()) or bool((self.values == -torch.inf).any()):
+        low, high = (float(end) for end in torch.aminmax(self.values.detach()))
+        if math.isnan(low) or low == -math.inf:
             raise InvalidProblem(
                 "the cost matrix holds NaN or -inf; +inf (a forbidden pair) is the only legal infinity"
             )
+        #: whether some pair is forbidden
+        self.forbids = high == math.inf
+        if self.forbids:
+            self._check_forbidden()
+
+    def _check_forbidden(self) -> None:
         finite = torch.isfinite(self.values)
         for axis, word in ((-1, "row"), (-2, "column")):
             closed = torch.nonzero(~finite.any(axis))
@@ -215,7 +223,7 @@ class MatrixCost(Cost):
     def T(self) -> MatrixCost:
         """The cost of going back; shares memory."""
         back = object.__new__(MatrixCost)
-        back.source_dtype, back.values = self.source_dtype, self.values.mT
+        back.source_dtype, back.values, back.forbids = self.source_dtype, self.values.mT, self.forbids
         return back
 
     def __repr__(self) -> str:

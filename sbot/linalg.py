@@ -10,10 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@cache
+def _switches() -> list[Any]:
+    """Torch's switches of precision; asking for them is slow."""
+    candidates = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+    return [matmul for matmul in candidates if hasattr(matmul, "fp32_precision")]
 
 
 @contextmanager
@@ -22,11 +30,7 @@ def full_precision() -> Iterator[None]:
 
     The switches of torch are process-wide: a thread that wants TF32 elsewhere does not get it while another is in here.
     """
-    switches: list[Any] = [
-        matmul
-        for matmul in (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
-        if hasattr(matmul, "fp32_precision")
-    ]
+    switches = _switches()
     before = [switch.fp32_precision for switch in switches]
     for switch, value in zip(switches, before, strict=True):
         if value not in ("none", "ieee"):

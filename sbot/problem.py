@@ -149,7 +149,7 @@ class Problem:
                 f"mu has batch dimensions {mu.batch_shape} and nu {nu.batch_shape}; give both the same (nothing broadcasts)"
             )
         if isinstance(self.cost, MatrixCost):
-            self._check_matrix(self.cost.values)
+            self._check_matrix(self.cost)
             return
         for name, measure in (("mu", mu), ("nu", nu)):
             if measure.event_shape == ():
@@ -163,8 +163,8 @@ class Problem:
         if isinstance(mu, Discrete) and isinstance(nu, Discrete):
             self.cost.check(*self.sites)
 
-    def _check_matrix(self, values: Tensor) -> None:
-        mu, nu = self.mu, self.nu
+    def _check_matrix(self, cost: MatrixCost) -> None:
+        mu, nu, values = self.mu, self.nu, cost.values
         if not isinstance(mu, Discrete) or not isinstance(nu, Discrete):
             raise InvalidProblem(
                 "a cost matrix couples two histograms; pass weights (n,) and (m,), or Discrete measures"
@@ -174,6 +174,8 @@ class Problem:
             raise InvalidProblem(
                 f"the cost matrix has shape {tuple(values.shape)} for {mu.n} and {nu.n} atoms; give shape {want}"
             )
+        if not cost.forbids:
+            return
         allowed = torch.isfinite(values)
         for name, here, there, axis in (("mu", mu, nu, -1), ("nu", nu, mu, -2)):
             reachable = (allowed & (there.weights > 0).unsqueeze(-2 if axis == -1 else -1)).any(axis)

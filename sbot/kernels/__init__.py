@@ -7,34 +7,48 @@ import math
 import torch
 from torch import Tensor
 
+from .. import linalg
 from ..costs import Cost, MatrixCost
-from .base import LogKernel, Pass
+from .base import FLOOR, LogKernel, Pass
 from .conditionals import Conditionals
 from .dense import DenseKernel
 from .memory import require_memory
 from .tiled import TiledKernel
 
-__all__ = ["Conditionals", "DenseKernel", "LogKernel", "Pass", "TiledKernel", "make_kernel", "require_memory", "store"]
+__all__ = [
+    "FLOOR",
+    "Conditionals",
+    "DenseKernel",
+    "LogKernel",
+    "Pass",
+    "TiledKernel",
+    "make_kernel",
+    "require_memory",
+    "store",
+]
+
+#: Dimensions up to which a cost that embeds is computed anew each time.
+CHEAP = 16
 
 
 def make_kernel(cost: Cost, x: Tensor, y: Tensor, *, memory: int = 0) -> LogKernel:
     """The kernel between ``x`` ``(*b, n, d)`` and ``y`` ``(*b, m, d)``: stored within ``memory`` bytes, else tiled.
 
-    The budget counts the matrix and the conditional laws that a solver keeps beside it.  A cost that was given as a
-    matrix is stored already.
+    A cost that embeds in a few dimensions is as quickly computed as read, and never stored.  The budget counts the matrix
+    and the conditional laws that a solver keeps beside it.  A cost that was given as a matrix is stored already.
     """
     if isinstance(cost, MatrixCost):
         return DenseKernel(cost.matrix(x, y))
+    tiled = TiledKernel(cost, x, y)
     pairs = math.prod(x.shape[:-1]) * y.shape[-2]
-    if 2 * pairs * x.element_size() <= memory:
-        return store(TiledKernel(cost, x, y))
-    return TiledKernel(cost, x, y)
+    worth = tiled.rank is None or tiled.rank > CHEAP
+    return store(tiled) if worth and 2 * pairs * x.element_size() <= memory else tiled
 
 
 def store(kernel: LogKernel) -> DenseKernel:
     """Compute and keep all entries, tile by tile into one allocation."""
-    with torch.no_grad():
+    with torch.no_grad(), linalg.full_precision():
         matrix = torch.empty((*kernel.batch_shape, *kernel.shape), dtype=kernel.dtype, device=kernel.device)
         for rows in kernel.tiles():
-            matrix[..., rows, :] = kernel.entries(rows)
+            kernel.fill(rows, matrix[..., rows, :])
     return DenseKernel(matrix)

@@ -22,6 +22,8 @@ from .. import linalg
 TILE_BYTES = 2**22
 ACCELERATOR_TILE_BYTES = 2**27
 LN2 = math.log(2)
+#: Exponents of two below which an entry of a row that sums to about one is nothing; denormal numbers are ten times slower.
+FLOOR = {torch.float64: -900.0, torch.float32: -90.0}
 
 
 #: what a pass shows its tiles to: rows, and the conditional laws ``K_ij`` of these rows
@@ -55,6 +57,10 @@ class LogKernel(ABC):
     def entries(self, rows: slice) -> Tensor:
         """``C[rows]``, ``(*b, r, m)``; may be a view, so never write into it.  Differentiable where C is."""
 
+    def fill(self, rows: slice, out: Tensor) -> None:
+        """``C[rows]`` into ``out``, as quickly as it goes; without gradients."""
+        out.copy_(self.entries(rows))
+
     @property
     @abstractmethod
     def leaves(self) -> tuple[Tensor, ...]:
@@ -71,10 +77,14 @@ class LogKernel(ABC):
         with torch.no_grad():
             for rows in self.tiles():
                 c = self.entries(rows)
-                finite = torch.isfinite(c)
-                c = c.masked_fill(~finite, 0).abs()
+                low, high = torch.aminmax(c)
+                if float(low) >= 0 and math.isfinite(high):
+                    count += c.shape[-2] * c.shape[-1]
+                else:
+                    finite = torch.isfinite(c)
+                    c = c.masked_fill(~finite, 0).abs()
+                    count += finite.sum((-2, -1))
                 total += c.sum((-2, -1), dtype=torch.float64)
-                count += finite.sum((-2, -1))
                 top = torch.maximum(top, c.amax((-2, -1)).double())
         return total / count, top
 
@@ -144,7 +154,8 @@ class LogKernel(ABC):
         """One pass over the plan ``P_ij = r_i K_ij`` with ``K`` the softmax over j of ``bias_j - C_ij / eps``.
 
         The row masses are ``r_i = weights_i exp(power lse_i)``: power 0 prescribes them.  What one pass can know of P is
-        returned, and ``keep`` is shown the tiles of K, each gone when the next is made.  Memory is one tile.
+        returned, and ``keep`` is shown the tiles of K, each gone when the next is made.  Memory is one tile.  Entries of K
+        are raised to ``2^FLOOR``: a column mass of that size says only that the mass is smaller.
         """
         lse = torch.empty((*self.batch_shape, self.shape[0]), dtype=self.dtype, device=self.device)
         mass = torch.empty_like(lse)
@@ -152,6 +163,7 @@ class LogKernel(ABC):
         columns = torch.zeros(bias.shape, dtype=torch.float64, device=self.device)
         unit = eps * LN2
         column, offset = self.column(bias / LN2, unit), self.offset(unit)
+        floor = FLOOR[self.dtype]
         scratch: Tensor | None = None
         with torch.no_grad(), linalg.full_precision():
             for rows in self.tiles():
@@ -161,7 +173,7 @@ class LogKernel(ABC):
                 z = self.logits(rows, column, unit, scratch[..., :size, :])
                 top = z.amax(-1, keepdim=True)
                 top = top.masked_fill_(top == -torch.inf, 0)  # an empty row: 2^-inf = 0, not NaN
-                total = z.sub_(top).exp2_().sum(-1)
+                total = z.sub_(top).clamp_(min=floor).exp2_().sum(-1)
                 level = top.squeeze(-1) + total.log2()
                 level = (level if offset is None else level + offset[..., rows]) * LN2
                 share = weights[..., rows] if power == 0 else weights[..., rows] * torch.exp(power * level)
@@ -169,7 +181,7 @@ class LogKernel(ABC):
                 total = total.clamp_(min=torch.finfo(self.dtype).tiny)
                 columns += linalg.product(z.mT, share / total)
                 if keep is not None:
-                    keep(rows, z.div_(total[..., None]))
+                    keep(rows, z.mul_(total.reciprocal_()[..., None]))
         return Pass(lse, mass, columns)
 
     def softmax_tiles(self, bias: Tensor, eps: float, lse: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -17,7 +17,7 @@ CUT = 1e-9
 #: Share of entries up to which the sparse form is made: the dense one is quicker to fill, and not much slower beyond.
 SPARSE = 0.05
 #: Entries below which a matrix is so quickly multiplied that no other form is worth making.
-SMALL = 2**17
+SMALL = 2**16
 #: Bytes of an entry of the sparse form: two values in double precision and two column numbers.
 SPARSE_BYTES = 32
 
@@ -26,8 +26,8 @@ SPARSE_BYTES = 32
 class Conditionals:
     """``K_ij = P_ij / r_i``, close to the plan it was filled from, ``(*b, n, m)``.
 
-    Single precision, and sparse where nearly all entries are nothing: it is a model of the plan, which saves work, and never
-    decides a result.  What it leaves out of each row and column is known to whoever fills it, from the same pass.
+    Single precision where large, and sparse where nearly all entries are nothing: it is a model of the plan, which saves
+    work, and never decides a result.  What it leaves out of each row and column is known to whoever fills it, from the same pass.
 
     Parameters
     ----------
@@ -42,10 +42,12 @@ class Conditionals:
         usable = torch.backends.mkl.is_available() if self.device.type == "cpu" else self.device.type == "cuda"  # type: ignore[no-untyped-call]
         self.sparse_works = usable and not self.batch_shape
         self.most = int(min(SPARSE * self.pairs, memory / SPARSE_BYTES))
-        fits = 4 * self.pairs <= memory
-        self.dense = (
-            torch.empty((*self.batch_shape, *self.shape), dtype=torch.float32, device=self.device) if fits else None
-        )
+        # few entries are not worth the casts
+        kept = torch.float64 if self.pairs <= 4 * SMALL and 8 * self.pairs <= memory else torch.float32
+        fits = kept.itemsize * self.pairs <= memory
+        self.dense = torch.empty((*self.batch_shape, *self.shape), dtype=kept, device=self.device) if fits else None
+        #: whether nothing is rounded or left out
+        self.exact = kept == kernel.dtype == torch.float64
         self._pieces: list[tuple[Tensor, Tensor, Tensor]] | None = None
         self._rows: Tensor | None = None
         self._columns: Tensor | None = None
@@ -70,14 +72,15 @@ class Conditionals:
     def keep(self, rows: slice, tile: Tensor) -> None:
         """Take a tile of rows; see `LogKernel.conditionals`."""
         if self._pieces is not None:
-            found = tile > CUT
-            index = found.nonzero()
+            flat = tile.reshape(-1)
+            index = (flat > CUT).nonzero()[:, 0]
             self._kept += len(index)
-            if self._kept > self.most:
-                self._recover(rows)
-            else:
-                self._pieces.append((found.sum(-1), index[:, 1], tile[found]))
+            if self._kept <= self.most:
+                starts = torch.arange(rows.stop - rows.start, device=self.device) * self.shape[1]
+                ends = self._kept - len(index) + torch.searchsorted(index, starts)
+                self._pieces.append((ends, index % self.shape[1], flat[index]))
                 return
+            self._recover(rows)
         if self.dense is not None:
             self.dense[..., rows, :].copy_(tile)
 
@@ -87,20 +90,19 @@ class Conditionals:
         if self.dense is None or not pieces:
             return
         start = self.dense[: rows.start].zero_()
-        counts = torch.cat([count for count, _, _ in pieces])
-        row = torch.repeat_interleave(torch.arange(rows.start, device=self.device), counts)
-        column = torch.cat([index for _, index, _ in pieces])
-        start[row, column] = torch.cat([value for _, _, value in pieces]).float()
+        begins, column, values = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+        row = torch.searchsorted(begins, torch.arange(len(values), device=self.device), right=True) - 1
+        start[row, column] = values.to(start.dtype)
 
     def close(self) -> bool:
         """All tiles are in: whether there is anything to work with."""
         if self._pieces is None:
             self.share = 1.0
             return self.dense is not None
-        counts, index, values = (torch.cat(parts) for parts in zip(*self._pieces, strict=True))
+        begins, index, values = (torch.cat(parts) for parts in zip(*self._pieces, strict=True))
         self._pieces = None
         self.share = len(values) / self.pairs
-        ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        ends = torch.cat([begins, begins.new_full((1,), len(values))])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # torch calls its sparse rows a beta
             self._rows = torch.sparse_csr_tensor(ends, index, values.double(), self.shape, check_invariants=False)
@@ -119,14 +121,14 @@ class Conditionals:
         if self._rows is not None:
             return self._rows @ v
         assert self.dense is not None
-        return linalg.product(self.dense, v.float()).double()
+        return linalg.product(self.dense, v.to(self.dense.dtype)).double()
 
     def transposed_times(self, u: Tensor) -> Tensor:
         """``K' u``, ``(*b, m)``, in float64."""
         if self._columns is not None:
             return self._columns @ u
         assert self.dense is not None
-        return linalg.product(self.dense.mT, u.float()).double()
+        return linalg.product(self.dense.mT, u.to(self.dense.dtype)).double()
 
     def squares(self, w: Tensor) -> Tensor:
         """``sum_i w_i K_ij^2``, ``(*b, m)``."""
@@ -141,5 +143,5 @@ class Conditionals:
         step = max(1, 2**20 // max(1, self.pairs // self.shape[0]))
         for start in range(0, self.shape[0], step):
             part = self.dense[..., start : start + step, :].square()
-            out += linalg.product(part.mT, w[..., start : start + step].float())
+            out += linalg.product(part.mT, w[..., start : start + step].to(part.dtype))
         return out

@@ -84,6 +84,20 @@ class TiledKernel(LogKernel):
             return self.cost.matrix(self.x, self.y[..., rows, :]).mT
         return self.cost.matrix(self.x[..., rows, :], self.y)
 
+    @property
+    def rank(self) -> int | None:
+        """Dimension of the embedding, None where there is none."""
+        return None if self._embedded is None else self._embedded[0].shape[-1]
+
+    def fill(self, rows: slice, out: Tensor) -> None:
+        if self._embedded is None:
+            super().fill(rows, out)
+            return
+        offset = self.offset(1.0)
+        assert offset is not None
+        column = self.column(torch.zeros_like(self._embedded[1][..., 0]), 1.0)
+        self.logits(rows, column, 1.0, out).add_(offset[..., rows, None]).neg_().clamp_(min=0)
+
     def column(self, bias: Tensor, eps: float) -> Tensor:
         return bias if self._embedded is None else bias - self._embedded[1].square().sum(-1) / (2 * eps)
 

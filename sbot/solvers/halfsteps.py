@@ -17,13 +17,19 @@ import torch
 from torch import Tensor
 
 from ..coupling import damping, dual_term
-from ..kernels import Conditionals, LogKernel
+from ..kernels import FLOOR, Conditionals, LogKernel
 
 #: after a look at the error: total iterations so far and the error; returns whether to stop
 Check = Callable[[int, float], bool]
 
 #: Largest change of a potential, in units of eps, that a model which leaves small entries out is trusted with.
 TRUST = 8.0
+#: The same for a model with all entries: what single precision can hold.
+RANGE = 50.0
+#: Over-relaxation stays below this: far from the solution 2, the limit, diverges.
+FASTEST = 1.8
+#: Marginal error above which the rounding of a model in single precision is not noticed.
+NOTICED = 1e-4
 
 
 @dataclass
@@ -31,7 +37,8 @@ class State:
     """The problem and where the iteration is; potentials in cost units, ``(*b, n)`` and ``(*b, m)``.
 
     ``model`` is where the conditional laws are kept, None where iterations stream.  ``rows`` and ``columns`` are the masses
-    of the plan, in float64; ``known`` says whether the model is that of the present potentials.
+    of the plan, in float64; ``fresh`` says whether they are those of the present g, ``known``
+    whether the model is.
     """
 
     kernel: LogKernel
@@ -47,6 +54,7 @@ class State:
     rows: Tensor = field(init=False)
     columns: Tensor = field(init=False)
     known: bool = field(init=False, default=False)
+    fresh: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self.log_a, self.log_b, self.f = self.a.log(), self.b.log(), torch.zeros_like(self.a)
@@ -58,20 +66,23 @@ class State:
         """``lambda = rho / (rho + eps)`` of both sides."""
         return damping(self.rho[0], self.eps), damping(self.rho[1], self.eps)
 
-    def settle(self) -> None:
+    def settle(self, keep_model: bool = True) -> None:
         """One pass: ``f = -lambda eps log sum_j b_j exp((g_j - C_ij) / eps)`` and the plan's masses at (f, g)."""
         lam = self.damp[0]
         keep = None
-        if self.model is not None:
+        self.known = False
+        if self.model is not None and keep_model:
             self.model.open()
             keep = self.model.keep
         seen = self.kernel.conditionals(self.log_b + self.g / self.eps, self.eps, self.a, 1 - lam, keep)
-        self.known = self.model is not None and self.model.close()
+        if self.model is not None and keep is not None:
+            self.known = self.model.close()
         f = -lam * self.eps * seen.lse
         # an atom of zero weight may have only forbidden pairs: its potential is infinite and of no consequence
         self.f = torch.where(self.live[0], f, 0.0) if self.zeros else f
         self.rows, self.columns = seen.rows.double(), seen.columns
         self.passes += 1
+        self.fresh = True
 
     def goal(self, log_v: Tensor | float = 0.0) -> Tensor:
         """What the columns should sum to: b, or ``b e^{-g / rho}`` where nu is relaxed, with g moved by ``eps log_v``."""
@@ -87,10 +98,16 @@ class State:
         """The worst of a batch."""
         return float(self.errors().max())
 
+    @property
+    def sunk(self) -> Tensor:
+        """Columns whose mass is below what a pass can tell."""
+        return self.columns <= 2 ** (FLOOR[self.a.dtype] + 1) * self.rows.sum(-1, keepdim=True)
+
     def move(self, log_v: Tensor) -> None:
         """``g += eps log_v``."""
         g = self.g + self.eps * log_v.to(self.g)
         self.g = torch.where(self.live[1], g, 0.0) if self.zeros else g
+        self.fresh = self.known = False
 
     def translate(self) -> None:
         """Move a constant between f and g to the dual optimum (Sejourne, Vialard and Peyre 2022); relaxed problems only.
@@ -135,8 +152,8 @@ class Step(ABC):
     name: str
 
     @abstractmethod
-    def advance(self, state: State, most: int, check: Check) -> None:
-        """Improve ``state`` by at most ``most`` iterations and settle it; an iteration is one product, or pass, on each side."""
+    def advance(self, state: State, most: int, check: Check) -> bool:
+        """Move ``state.g`` by at most ``most`` iterations, of one product, or pass, on each side; whether ``check`` said stop."""
 
 
 class Exact(Step):
@@ -144,9 +161,9 @@ class Exact(Step):
 
     name = "passes"
 
-    def advance(self, state: State, most: int, check: Check) -> None:
+    def advance(self, state: State, most: int, check: Check) -> bool:
         goal, columns = state.goal(), state.columns
-        if bool(((columns <= 0) & state.live[1]).any()):
+        if bool((state.sunk & state.live[1]).any()):
             # an atom of nu that underflowed in every row: its sums are to be had in the log domain only
             lse = state.kernel.T.reduce(state.log_a + state.f / state.eps, state.eps)[0]
             log_columns = state.log_b.double() + (state.g / state.eps + lse).double()
@@ -154,8 +171,8 @@ class Exact(Step):
             log_columns = columns.log()
         state.move(state.damp[1] * (goal.log() - log_columns))
         state.translate()
-        state.settle()
         state.iterations += 1
+        return False
 
 
 @dataclass(frozen=True)
@@ -169,29 +186,72 @@ class HalfSteps(Step):
     name = "half-steps"
     every: int = 5
 
-    def advance(self, state: State, most: int, check: Check) -> None:
+    def advance(self, state: State, most: int, check: Check) -> bool:
         model, r, goal = state.model, state.rows, state.goal()
         assert model is not None
         lam_a, lam_b = state.damp
         live, tiny = state.live[1], torch.finfo(torch.float64).tiny
-        lack_rows, lack_columns = 1 - model.times(torch.ones_like(goal)), state.columns - model.transposed_times(r)
-        columns, log_v, done = state.columns, torch.zeros_like(goal), 0
-        while done < most:
-            log_v = torch.where(live, lam_b * (goal / columns.clamp(min=tiny)).log(), 0.0)
-            v = log_v.exp()
-            u = (model.times(v) + lack_rows).clamp(min=tiny).pow(-lam_a)
-            columns = (model.transposed_times(r * u) + lack_columns).clamp(min=0)
+        lack, pace = self._lack(state), _Pace(state.error())
+        columns, u, v = state.columns.clamp(min=tiny), torch.ones_like(r), torch.ones_like(goal)
+        log_v, done, stop = torch.zeros_like(goal), 0, False
+        while done < most and not stop:
+            look = done % self.every == self.every - 1 or done == most - 1
+            step = goal / columns  # 0 at an atom of zero weight
+            v = _relaxed(v, step if lam_b == 1 else step.pow_(lam_b), pace.omega)
+            sums = model.times(v)
+            sums = sums if lack is None else sums.add_(lack[0]).clamp_(min=tiny)
+            # where the error is looked at, f is exact as everywhere else
+            u = _relaxed(u, sums.pow_(-lam_a), 1.0 if look else pace.omega)
+            columns = model.transposed_times(r * u)
+            columns = (columns if lack is None else columns.add_(lack[1])).clamp_(min=tiny)
             done += 1
-            if done % self.every == 0 or done == most:
+            if look:
+                log_v = torch.where(live, v.log(), 0.0) if state.zeros else v.log()
                 spread = float(log_v.abs().max())
-                if not math.isfinite(spread) or spread > TRUST:
+                if not math.isfinite(spread):
+                    return Exact().advance(state, most, check)
+                if spread > (TRUST if model.sparse else RANGE):
                     break
-                if check(state.iterations + done, float(relative(columns * v, state.goal(log_v)).max())):
-                    break
-        if not bool(torch.isfinite(log_v).all()):
-            Exact().advance(state, most, check)
-            return
+                error = float(relative(columns * v, state.goal(log_v)).max())
+                stop = check(state.iterations + done, error)
+                pace.look(error, self.every)
         state.move(log_v)
         state.translate()
-        state.settle()
         state.iterations += done
+        return stop
+
+    def _lack(self, state: State) -> tuple[Tensor, Tensor] | None:
+        """What the model's masses miss, its rounding and the entries it leaves out; None where that is not noticed."""
+        model = state.model
+        assert model is not None
+        if model.exact or (not model.sparse and state.error() > NOTICED):
+            return None
+        ones = torch.ones_like(state.columns)
+        return 1 - model.times(ones), state.columns - model.transposed_times(state.rows)
+
+
+def _relaxed(old: Tensor, new: Tensor, omega: float) -> Tensor:
+    return new if omega == 1 else old * (new / old.clamp(min=torch.finfo(old.dtype).tiny)).pow_(omega)
+
+
+class _Pace:
+    """Over-relaxation, from the rate at which the error falls (Thibault et al. 2021, Lehmann et al. 2022).
+
+    At the solution half-steps are Gauss-Seidel iterations on two blocks.  Where plain ones contract by theta^2, relaxed
+    ones contract by the lambda of ``(lambda + omega - 1)^2 = lambda omega^2 theta^2``, which is least at
+    ``omega = 2 / (1 + sqrt(1 - theta^2))``.
+    """
+
+    def __init__(self, error: float) -> None:
+        self.omega, self.last, self.looks = 1.0, error, 0
+
+    def look(self, error: float, iterations: int) -> None:
+        rate = (error / self.last) ** (1 / iterations) if self.last > 0 else 1.0
+        self.last, self.looks = error, self.looks + 1
+        if self.looks == 1 or rate == 0:
+            return  # the first iterations are no measure of the last
+        if rate >= 1:
+            self.omega, self.looks = 1.0, 0
+            return
+        theta = min((rate + self.omega - 1) ** 2 / (rate * self.omega**2), 0.999)
+        self.omega = min(2 / (1 + math.sqrt(1 - theta)), FASTEST)

@@ -41,7 +41,7 @@ class Newton(Step):
     cuts: int = 5
     ridge: float = 0.1
 
-    def advance(self, state: State, most: int, check: Check) -> None:
+    def advance(self, state: State, most: int, check: Check) -> bool:
         g, errors, value = state.g, state.errors(), state.dual()
         z, used = self._solve(state, errors, min(self.inner, most))
         state.iterations += used
@@ -53,12 +53,12 @@ class Newton(Step):
             # where the dual is flat to rounding the error decides; of a batch each has its own share
             gained = (state.dual() >= value) | (state.errors() <= errors)
             if bool(gained.all()):
-                return
+                return False
             share = torch.where(gained[..., None], share, share / 4)
         # those that gained keep their step, the others are left where they were
         state.g = g
         state.move(torch.where(gained[..., None], share, 0.0) * z)
-        state.settle()
+        return False
 
     def _solve(self, state: State, errors: Tensor, most: int) -> tuple[Tensor, int]:
         """``S z = b~ - c`` by preconditioned conjugate gradients, and how many it took."""

@@ -29,6 +29,8 @@ from .schedule import Schedule
 
 #: Iterations that a stage before the last may take: it only has to be near.
 STAGE_LIMIT = 100
+#: First eps of the annealing, in units of the mean cost: above it half-steps need no help.
+START = 0.1
 #: Looks at the error without a new best (by a thousandth) after which the last stage counts as stalled.
 PATIENCE = 10
 #: Half-steps in a row; where more would be needed at the rate of the last ones, Newton takes over.
@@ -151,7 +153,7 @@ class Sinkhorn(Solver):
             mean = min(mean, init.problem.eps)
         stages = [(eps, goal.tolerance)]
         if self.anneal is not None:
-            stages = list(self.anneal.stages(mean, eps, goal.tolerance))
+            stages = list(self.anneal.stages(START * mean, eps, goal.tolerance))
         storage = "stored" if isinstance(kernel, DenseKernel) else "streamed"
         goal = replace(goal, notes=(*problem.notes, *goal.notes, f"cost {storage}, {len(stages)} values of eps"))
         a, b = mu.weights.detach(), nu.weights.detach()
@@ -186,14 +188,20 @@ class Sinkhorn(Solver):
             begun = state.iterations
             step = _fitting(step, state)
             most = limit - begun
-            step.advance(state, min(RUN, most) if isinstance(step, HalfSteps) else most, watch.peek)
+            hopeful = step.advance(state, min(RUN, most) if isinstance(step, HalfSteps) else most, watch.peek)
             took = state.iterations - begun
             counts[step.name] += took if isinstance(step, HalfSteps) else 1
+            if hopeful and not last:
+                return  # the next value of eps looks at it
+            if not state.fresh:
+                state.settle(keep_model=not hopeful)
             step = _next(step, error, state.error(), took, watch.tolerance)
 
 
 def _fitting(step: Step, state: State) -> Step:
     """``step``, where the state allows it: a model and masses that are not too far off, else the exact half-step."""
+    if not state.known and state.model is not None:
+        state.settle()
     if not state.known:
         return Exact()
     off = torch.where(state.live[1], (state.goal() / state.columns).log().abs(), 0.0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sbot.costs import Cosine, Cost, Lp, MatrixCost, Quadratic
-from sbot.kernels import DenseKernel, LogKernel, TiledKernel, make_kernel, require_memory, store
+from sbot.kernels import Conditionals, DenseKernel, LogKernel, TiledKernel, make_kernel, require_memory, store
 
 from ..conftest import clouds
 
@@ -95,20 +95,66 @@ def test_gradients_are_the_definition_s(cost, generator):
 
 
 @pytest.mark.parametrize("cost", COSTS, ids=repr)
-def test_scale_and_absorb(cost, generator):
+def test_scale(cost, generator):
     x, y = clouds(11, 12, 3, generator)
     c = cost.matrix(x, y)
-    f, g = (
-        torch.randn(11, generator=generator, dtype=torch.float64),
-        torch.randn(12, generator=generator, dtype=torch.float64),
-    )
     for name, kernel in backends(cost, x, y).items():
         mean, top = kernel.scale()
         torch.testing.assert_close(mean, c.abs().mean(), msg=name)
         assert top >= c.abs().max() * (1 - 1e-12), name
-        if isinstance(kernel, DenseKernel):
-            out = torch.empty_like(c)
-            torch.testing.assert_close(kernel.absorb(f, g, 0.5, out), ((f[:, None] + g - c) / 0.5).exp(), msg=name)
+
+
+@pytest.mark.parametrize("cost", COSTS, ids=repr)
+@pytest.mark.parametrize("power", [0.0, 0.3])
+@pytest.mark.parametrize("batch", [(), (2,)], ids=str)
+def test_one_pass_is_the_plan_written_out(cost, power, batch, generator):
+    x, y = clouds(11, 12, 3, generator, batch)
+    a = torch.rand(*batch, 11, generator=generator, dtype=torch.float64)
+    bias = torch.randn(*batch, 12, generator=generator, dtype=torch.float64)
+    a[..., 3], bias[..., 5] = 0, -torch.inf
+    logits = bias[..., None, :] - cost.matrix(x, y) / 0.3
+    lse = logits.logsumexp(-1)
+    rows = a * torch.exp(power * lse)
+    law = logits.softmax(-1)
+    for name, kernel in backends(cost, x, y).items():
+        kept = torch.zeros_like(law)
+        seen = kernel.conditionals(bias, 0.3, a, power, lambda where, tile, kept=kept: kept[..., where, :].copy_(tile))
+        for got, want in zip((*seen, kept), (lse, rows, (rows[..., None] * law).sum(-2), law), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14, msg=name)
+
+
+@pytest.mark.parametrize(("size", "spread"), [(40, 1.0), (400, 1.0), (400, 1e-3), (700, 1.0), (700, 1e-4)])
+def test_conditionals_are_the_matrix_they_were_shown(size, spread, generator):
+    """Dense in double, dense in single and sparse; also where the entries stop being few halfway."""
+    z = torch.randn(size, size + 9, generator=generator, dtype=torch.float64) / spread
+    if spread < 1:
+        z[-size // 3 :] *= spread if size == 400 else 1
+    law = z.softmax(-1)
+    kernel = DenseKernel(law)
+    model = Conditionals(kernel, 2**30)
+    model.open()
+    for start in range(0, size, 37):
+        model.keep(slice(start, min(start + 37, size)), law[start : start + 37].clone())
+    assert model.close()
+    assert model.sparse == (size == 700 and spread < 1)
+    assert model.exact == (size < 512)
+    u, v = torch.rand(size, generator=generator).double(), torch.rand(size + 9, generator=generator).double()
+    accuracy = {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(model.times(v), law @ v, **accuracy)
+    torch.testing.assert_close(model.transposed_times(u), law.T @ u, **accuracy)
+    torch.testing.assert_close(model.squares(u), (law**2).T @ u, **accuracy)
+
+
+def test_without_room_only_a_sparse_model_or_none_is_kept(generator):
+    kernel = DenseKernel(torch.zeros(600, 600, dtype=torch.float64))
+    model = Conditionals(kernel, 600 * 64)
+    assert model.dense is None
+    for law, fits in ((torch.eye(600).double(), True), (torch.full((600, 600), 1 / 600).double(), False)):
+        model.open()
+        for start in range(0, 600, 100):
+            model.keep(slice(start, start + 100), law[start : start + 100])
+        assert model.close() == fits
+    assert not Conditionals(kernel, 0).possible
 
 
 def test_scale_leaves_forbidden_pairs_out():
@@ -119,8 +165,14 @@ def test_scale_leaves_forbidden_pairs_out():
 
 def test_the_budget_decides(generator):
     x, y = clouds(10, 10, 2, generator)
-    assert isinstance(make_kernel(Quadratic(), x, y, memory=2 * 100 * 8), DenseKernel)
-    assert isinstance(make_kernel(Quadratic(), x, y, memory=2 * 100 * 8 - 1), TiledKernel)
+    assert isinstance(make_kernel(Lp(1), x, y, memory=2 * 100 * 8), DenseKernel)
+    assert isinstance(make_kernel(Lp(1), x, y, memory=2 * 100 * 8 - 1), TiledKernel)
+    # what is computed as quickly as read is not stored
+    assert isinstance(make_kernel(Quadratic(), x, y, memory=2**30), TiledKernel)
+    wide = clouds(10, 10, 40, generator)
+    kernel = make_kernel(Quadratic(), *wide, memory=2**30)
+    assert isinstance(kernel, DenseKernel)
+    torch.testing.assert_close(kernel.matrix, Quadratic().matrix(*wide), rtol=1e-12, atol=1e-12)
     matrix = MatrixCost(torch.zeros(3, 4))
     kernel = make_kernel(matrix, torch.arange(3), torch.arange(4))
     assert isinstance(kernel, DenseKernel)

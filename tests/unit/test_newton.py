@@ -1,0 +1,196 @@
+"""Every way that the Sinkhorn solver has to move, against a plain float64 solve in the log domain."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import pytest
+import torch
+
+import sbot
+from sbot.kernels import Conditionals, DenseKernel
+from sbot.solvers import halfsteps, sinkhorn
+from sbot.solvers.halfsteps import Exact, HalfSteps, State
+from sbot.solvers.newton import Newton
+
+from ..conftest import clouds, half_squares, weights
+
+INF = math.inf
+
+
+def plain(c, a, b, eps, rho=(INF, INF), tol=1e-13, most=200_000):
+    """Half-steps and nothing else, eps halved from the mean cost down; potentials of every problem of a batch."""
+    lam = [1.0 if math.isinf(r) else r / (r + eps) for r in rho]
+    log_a, log_b, g = a.log(), b.log(), torch.zeros_like(b)
+    now = max(eps, float(c[torch.isfinite(c)].mean()))
+    while True:
+        last = now <= eps
+        now = max(now, eps)
+        if math.isfinite(max(rho)):
+            now, last = eps, True
+        for _ in range(most if last else 200):
+            f = -lam[0] * now * ((g[..., None, :] - c) / now + log_b[..., None, :]).logsumexp(-1)
+            new = -lam[1] * now * ((f[..., None] - c) / now + log_a[..., None]).logsumexp(-2)
+            new = torch.where(b > 0, new, 0.0)
+            change, g = float((new - g).abs().max()), new
+            if change < tol * max(1.0, float(g.abs().max())):
+                break
+        if last:
+            return f, g
+        now /= 2
+
+
+def plan(c, a, b, eps, f, g):
+    return torch.where(
+        (a[..., None] > 0) & (b[..., None, :] > 0),
+        a[..., None] * b[..., None, :] * torch.exp((f[..., None] + g[..., None, :] - c) / eps),
+        0.0,
+    )
+
+
+def solve_by(step_for, c, a, b, eps, rho=(INF, INF), tol=1e-12, most=400, memory=2**30):
+    """One kind of step over and over."""
+    kernel = DenseKernel(c)
+    model = Conditionals(kernel, memory)
+    state = State(kernel, a, b, rho, torch.zeros_like(b), model if model.possible else None)
+    for now in [
+        eps * 2.0**k for k in range(max(0, math.ceil(math.log2(float(c[torch.isfinite(c)].mean()) / eps))), -1, -1)
+    ]:
+        state.eps = now
+        state.settle()
+        for k in range(most if now == eps else 5):
+            if state.error() <= tol:
+                break
+            step_for(k, now == eps).advance(state, 30, lambda *_: False)
+            if not state.fresh or not state.known:
+                state.settle()
+    return state
+
+
+STEPS = {
+    "exact": lambda k, last: Exact(),
+    "half-steps": lambda k, last: HalfSteps(),
+    "newton": lambda k, last: Newton() if last and k > 0 else HalfSteps(),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("rho", [(INF, INF), (1.0, 1.0), (INF, 0.3), (0.2, INF)], ids=str)
+@pytest.mark.parametrize("batch", [(), (3,)], ids=str)
+def test_every_step_ends_at_the_plain_solution(name, rho, batch, generator):
+    x, y = clouds(30, 25, 2, generator, batch)
+    a, b = weights(*batch, 30, generator=generator), weights(*batch, 25, generator=generator)
+    a[..., 4], b[..., 7] = 0, 0
+    a, b = a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True)
+    c = half_squares(x, y)
+    f, g = plain(c, a, b, 0.1, rho)
+    state = solve_by(STEPS[name], c, a, b, 0.1, rho)
+    assert state.error() <= 1e-12
+    torch.testing.assert_close(plan(c, a, b, 0.1, state.f, state.g), plan(c, a, b, 0.1, f, g), rtol=1e-8, atol=1e-13)
+
+
+@pytest.mark.parametrize("rel", [1e-1, 1e-2, 2e-3])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_default_agrees_with_the_plain_solve(rel, sparse, generator, monkeypatch):
+    """Also when the model of the plan is sparse, which small problems are spared."""
+    if sparse:
+        monkeypatch.setattr("sbot.kernels.conditionals.SMALL", 0)
+        monkeypatch.setattr("sbot.kernels.conditionals.SPARSE", 0.6)
+    x, y = clouds(60, 50, 2, generator)
+    a, b = weights(60, generator=generator), weights(50, generator=generator)
+    c = half_squares(x, y)
+    eps = rel * float(c.mean())
+    f, g = plain(c, a, b, eps)
+    bridge = sbot.solve_bridge((x, a), (y, b), eps, solver=sbot.Sinkhorn(tol=1e-12))
+    assert bridge.report.converged
+    assert ("kept at the end" in bridge.report.notes[-1]) == (sparse and rel < 1e-1)
+    torch.testing.assert_close(bridge.plan(), plan(c, a, b, eps, f, g), rtol=1e-6, atol=1e-12)
+    value = (plan(c, a, b, eps, f, g) * c).sum()
+    torch.testing.assert_close(bridge.linear_cost(), value, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_corner_where_plain_kernels_fail(dtype, generator):
+    """eps = 5e-4 of the largest cost, uniform weights: exp(-C / eps) underflows in whole rows."""
+    x, y = clouds(100, 100, 2, generator)
+    c = half_squares(x, y)
+    c = (c / c.max()).to(dtype)
+    a = torch.full((100,), 0.01, dtype=dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bridge = sbot.solve_bridge(a, a, 5e-4, cost=c)
+    assert bridge.report.converged
+    measured = (bridge.plan().double().sum(0) - 0.01).abs().sum() + (bridge.plan().double().sum(1) - 0.01).abs().sum()
+    assert float(measured) <= (1e-6 if dtype == torch.float64 else 2e-3)
+
+
+def test_small_eps_takes_newton_and_says_so(generator):
+    x, y = clouds(80, 80, 2, generator)
+    bridge = sbot.solve_bridge(x, y, 1e-3 * float(half_squares(x, y).mean()), solver=sbot.Sinkhorn(tol=1e-11))
+    assert bridge.report.converged
+    assert "Newton steps" in bridge.report.notes[-1]
+    assert bridge.report.iterations < 3000
+
+
+def test_forbidden_pairs_and_newton(generator):
+    """A chain of forbidden pairs leaves a sparse pattern; the plan keeps to it."""
+    n = 30
+    c = torch.rand(n, n, generator=generator, dtype=torch.float64)
+    c = torch.where((torch.arange(n)[:, None] - torch.arange(n)).abs() <= 3, c, INF)
+    a = torch.full((n,), 1 / n, dtype=torch.float64)
+    f, g = plain(c, a, a, 0.05)
+    bridge = sbot.solve_bridge(a, a, 0.05, cost=c, solver=sbot.Sinkhorn(tol=1e-12))
+    assert bridge.report.converged
+    assert float(bridge.plan()[torch.isinf(c)].abs().max()) == 0
+    torch.testing.assert_close(bridge.plan(), plan(c, a, a, 0.05, f, g), rtol=1e-6, atol=1e-12)
+
+
+def test_a_step_that_cannot_gain_is_taken_back(generator):
+    """A model that lies about the plan gives a direction that is none: the dual must not fall."""
+    x, y = clouds(30, 30, 2, generator)
+    c = half_squares(x, y)
+    a = torch.full((30,), 1 / 30, dtype=torch.float64)
+    kernel = DenseKernel(c)
+    state = State(kernel, a, a, (INF, INF), torch.zeros_like(a), Conditionals(kernel, 2**30), eps=0.05)
+    state.settle()
+    HalfSteps().advance(state, 20, lambda *_: False)
+    state.settle()
+    before = float(state.dual())
+    assert state.model is not None
+    state.model.dense.copy_(state.model.dense.flip(0).flip(1))
+    Newton().advance(state, 50, lambda *_: False)
+    if not state.fresh:
+        state.settle()
+    assert float(state.dual()) >= before - 1e-12
+
+
+def test_over_relaxation_learns_the_rate():
+    """Gauss-Seidel on two blocks at a known rate: omega tends to the best one, and the rates it predicts come true."""
+    theta, used = 0.9, []
+    pace = halfsteps._Pace(1.0)
+    error, x, y = 1.0, 1.0, 1.0
+    for k in range(1, 61):
+        x = (1 - pace.omega) * x + pace.omega * math.sqrt(theta) * y
+        y = (1 - pace.omega) * y + pace.omega * math.sqrt(theta) * x
+        if k % 5 == 0:
+            error = math.hypot(x, y)
+            pace.look(error, 5)
+            used.append(pace.omega)
+    best = 2 / (1 + math.sqrt(1 - theta))
+    assert used[0] == 1.0
+    assert max(used) <= halfsteps.FASTEST
+    assert min(abs(omega - best) for omega in used) < 0.1
+    assert error < theta**60 * 1e-3
+
+
+def test_no_pass_finds_what_is_not_there(generator):
+    """An atom of nu a thousand e-folds beyond all others: its column underflows and is found in the log domain."""
+    x = torch.rand(20, 1, generator=generator, dtype=torch.float64)
+    y = torch.cat([x[:-1], torch.full((1, 1), 60.0, dtype=torch.float64)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bridge = sbot.solve_bridge(x, y, 0.5, solver=sbot.Sinkhorn(tol=1e-10, anneal=None))
+    assert bridge.report.converged
+    assert float((bridge.plan().sum(0) - 1 / 20).abs().max()) < 1e-9
+    assert sinkhorn.PATIENCE > 1
