@@ -54,8 +54,8 @@ class Sinkhorn(Solver):
         dtype can reach, ``machine epsilon * max|C| / (2 eps)``; the report has the tolerance that was used.
     max_iter : iterations in total; an iteration is one half-step on each side.
     anneal : how eps is lowered from the mean cost to its value; None starts at eps.
-    memory : bytes of n x m storage allowed.  Within it the cost and the absorbed kernel are kept and an iteration is two
-        matrix-vector products; beyond it tiles are streamed and memory is O(n + m).
+    memory : bytes of n x m storage allowed.  Within it a model of the plan is kept, and an iteration is two matrix-vector
+        products with it; beyond it tiles are streamed and memory is O(n + m).
 
     Raises
     ------
@@ -154,12 +154,15 @@ class Sinkhorn(Solver):
         stages = [(eps, goal.tolerance)]
         if self.anneal is not None:
             stages = list(self.anneal.stages(START * mean, eps, goal.tolerance))
-        storage = "stored" if isinstance(kernel, DenseKernel) else "streamed"
-        goal = replace(goal, notes=(*problem.notes, *goal.notes, f"cost {storage}, {len(stages)} values of eps"))
         a, b = mu.weights.detach(), nu.weights.detach()
         taken = kernel.matrix.numel() * kernel.dtype.itemsize if isinstance(kernel, DenseKernel) else 0
         model = Conditionals(kernel, max(0, self.memory - (0 if isinstance(problem.cost, MatrixCost) else taken)))
         state = State(kernel, a, b, problem.relax, g, model if model.possible else None)
+        where = "stored" if isinstance(kernel, DenseKernel) else "computed by tiles"
+        work = "streamed" if state.model is None else "on a kept model of the plan"
+        goal = replace(
+            goal, notes=(*problem.notes, *goal.notes, f"cost {where}, iterations {work}, {len(stages)} values of eps")
+        )
         return state, stages, goal
 
     def _goal(self, problem: Problem, largest: float) -> _Goal:
