@@ -164,7 +164,7 @@ class Bridge(ABC):
     def plan(self, rows: Any = None) -> Any:
         """The plan: ``(*b, n, m)`` for atoms (``rows`` picks some), a `Gaussian` on ``R^{2d}`` for Gaussians.
 
-        The dense plan carries no gradient; `cost` does.
+        The dense plan carries no gradient; `cost` does, and so does the plan of `PotentialBridge.differentiable`.
         """
 
     @abstractmethod

@@ -23,6 +23,10 @@ class Cost(ABC):
     def matrix(self, x: Tensor, y: Tensor) -> Tensor:
         """``C(x_i, y_j)`` for ``(*b, n, d)`` and ``(*b, m, d)``, as ``(*b, n, m)``."""
 
+    def written_out(self, x: Tensor, y: Tensor) -> Tensor:
+        """`matrix` in operations that have second derivatives; more memory is fine."""
+        return self.matrix(x, y)
+
     def embed(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
         """``(u, v)`` with ``C(x_i, y_j) = |u_i - v_j|^2 / 2`` where there is such a pair: it streams fastest."""
         return None
@@ -123,6 +127,16 @@ class Lp(Cost):
         # the product form of cdist loses half the digits of small distances
         distance = torch.cdist(x, y, p=self.p, compute_mode="donot_use_mm_for_euclid_dist")
         return distance if self.power == 1 else distance.pow(self.power)
+
+    def written_out(self, x: Tensor, y: Tensor) -> Tensor:
+        # cdist has one derivative only
+        gaps = (x[..., :, None, :] - y[..., None, :, :]).abs()
+        if math.isinf(self.p):
+            return gaps.amax(-1).pow(self.power)
+        total = gaps.pow(self.p).sum(-1)
+        # two points at one place: the root has no slope there, the distance is 0 as a constant
+        apart = total > 0
+        return torch.where(apart, torch.where(apart, total, 1.0).pow(self.power / self.p), 0.0)
 
     def check(self, x: Tensor, y: Tensor) -> None:
         spread = torch.cat([x, y], -2).detach()

@@ -13,9 +13,10 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from . import linalg
+from . import implicit, linalg
 from .arrays import as_index
-from .errors import Unsupported
+from .costs import MatrixCost
+from .errors import InvalidProblem, Unsupported
 from .gaussian import GaussianPlan, couple
 from .kernels import LogKernel, make_kernel, require_memory
 from .measures import Discrete, Gaussian, Measure
@@ -63,11 +64,40 @@ class DiscreteCoupling(Coupling):
         self.problem, self.eps = problem, problem.eps
         log_z = problem.log_normaliser()
         left, right = phi.log_weights, psi.log_weights - log_z
-        self._logs = left, right
+        #: attached potentials follow the data; else they are constants
+        self._attached = left.requires_grad or right.requires_grad
+        self._free, self._logs = (left, right), (left.detach(), right.detach())
         self._mu, self._nu = problem.mu, problem.nu
 
     def _kernel(self) -> LogKernel:
         return make_kernel(self.problem.cost, *(site.detach() for site in self.problem.sites))
+
+    @property
+    def damp(self) -> tuple[float, float]:
+        """``rho / (rho + eps)`` of both sides."""
+        return damping(self.problem.relax[0], self.eps), damping(self.problem.relax[1], self.eps)
+
+    def attached(self, unroll: int | None) -> tuple[Atoms, Atoms]:
+        """The potentials as functions of the data, see `PotentialBridge.differentiable`."""
+        a, b, (x, y) = self._mu.weights, self._nu.weights, self.problem.sites
+        for name, w in (("mu", a), ("nu", b)):
+            if w.requires_grad and bool((w == 0).any()):
+                raise InvalidProblem(f"{name} has weights that are zero and want a gradient; drop these atoms")
+        f, g = (torch.where(torch.isfinite(part), part, 0.0) for part in self.dual_values())
+        kernel = make_kernel(self.problem.cost, x, y)
+        if unroll is None:
+            f, g = implicit.potentials(kernel, self.damp, self.eps, f, g, a, b)
+        else:
+            f, g = f.detach(), g.detach()
+            for _ in range(unroll):
+                g = -self.damp[1] * self.eps * kernel.T.reduce(a.log() + f / self.eps, self.eps)[0]
+                f = -self.damp[0] * self.eps * kernel.reduce(b.log() + g / self.eps, self.eps)[0]
+        numbered = not x.dtype.is_floating_point
+        at_x, at_y = self.problem.values
+        return (
+            Atoms(x, _log_weights(a, f, self.eps), at_x if numbered else None),
+            Atoms(y, _log_weights(b, g, self.eps) + self.problem.log_normaliser(), at_y if numbered else None),
+        )
 
     def dual_values(self) -> tuple[Tensor, Tensor]:
         """``f`` and ``g`` at the atoms; atoms of zero weight take the value of the c-transform."""
@@ -84,8 +114,36 @@ class DiscreteCoupling(Coupling):
             out.append(f)
         return out[0], out[1]
 
-    @torch.no_grad()
+    def attached_values(self) -> tuple[Tensor, Tensor]:
+        """`dual_values` that follow the data, up to a constant that is settled by ``<a, f> = <b, g>`` where all is hard."""
+        if not self._attached:
+            return self.dual_values()
+        out = []
+        for weights, log, value in zip(
+            (self._mu.weights, self._nu.weights), self._free, self.dual_values(), strict=True
+        ):
+            live = weights > 0
+            moving = self.eps * (log - torch.where(live, weights, 1.0).log())
+            out.append(torch.where(live, torch.where(live, moving, 0.0), value))
+        f, g = out
+        if self.problem.relax == (math.inf, math.inf):
+            a, b = self._mu.weights, self._nu.weights
+            shift = ((b * g).sum(-1) / b.sum(-1) - (a * f).sum(-1) / a.sum(-1)) / 2
+            f, g = f + shift[..., None], g - shift[..., None]
+        return f, g
+
     def plan(self, rows: Any = None) -> Tensor:
+        if self._attached and torch.is_grad_enabled():
+            left, right = self._free
+            x, y = self.problem.sites
+            if rows is not None:
+                index = as_index(rows, self._mu.n, "rows", left.device)
+                left, x = left[..., index], x[index] if not x.dtype.is_floating_point else x[..., index, :]
+            return torch.exp(left[..., None] + right[..., None, :] - self.problem.cost.matrix(x, y) / self.eps)
+        return self._plan(rows)
+
+    @torch.no_grad()
+    def _plan(self, rows: Any) -> Tensor:
         x, y = (site.detach() for site in self.problem.sites)
         left, right = self._logs
         kernel: LogKernel
@@ -132,6 +190,29 @@ class DiscreteCoupling(Coupling):
         ``F(f) = f`` or ``rho (1 - e^{-f / rho})``; its partial derivatives are the gradients at the solution.  The ones
         in the weights are written out, since ``log b`` has none at an atom of zero weight.
         """
+        if self._attached:
+            return self._value()
+        return self._envelope()
+
+    def _value(self) -> Tensor:
+        """The dual with second derivatives, see `_Value`."""
+        (f, g), (x, y) = self.attached_values(), self.problem.sites
+        leaves = make_kernel(self.problem.cost, x, y).leaves
+        value = _Value.apply(self, f, g, self._mu.weights, self._nu.weights, *leaves)  # type: ignore[no-untyped-call]
+        return value
+
+    def written_out(self, f: Tensor, g: Tensor, a: Tensor, b: Tensor, leaves: tuple[Tensor, ...]) -> Tensor:
+        """The dual objective as one dense expression of everything it depends on."""
+        eps, cost = self.eps, self.problem.cost
+        c = leaves[0] if isinstance(cost, MatrixCost) else cost.written_out(leaves[0], leaves[1])
+        mass = (a[..., :, None] * b[..., None, :] * torch.exp((f[..., :, None] + g[..., None, :] - c) / eps)).sum(
+            (-2, -1)
+        )
+        whole = a.sum(-1) * b.sum(-1)
+        terms = (a * dual_term(f, self.problem.relax[0])).sum(-1) + (b * dual_term(g, self.problem.relax[1])).sum(-1)
+        return terms - eps * (mass - whole)
+
+    def _envelope(self) -> Tensor:
         eps, (rho_a, rho_b) = self.eps, self.problem.relax
         a, b = self._mu.weights, self._nu.weights
         # an atom of zero weight that no pair reaches has an infinite potential and no part in the value
@@ -159,8 +240,14 @@ class DiscreteCoupling(Coupling):
             c = kernel.entries(rows).double()
             yield rows, left[..., rows, None].double() + right[..., None, :].double() - c / self.eps, c
 
-    @torch.no_grad()
     def linear_cost(self) -> Tensor:
+        if self._attached and torch.is_grad_enabled():
+            c = self.problem.cost.matrix(*self.problem.sites)
+            return (self.plan() * torch.where(torch.isfinite(c), c, 0.0)).sum((-2, -1))
+        return self._linear_cost()
+
+    @torch.no_grad()
+    def _linear_cost(self) -> Tensor:
         total = torch.zeros(self.problem.batch_shape, dtype=torch.float64, device=self.problem.device)
         for _, log_p, c in self._tiles(*self._logs):
             total += torch.where(torch.isfinite(c), log_p.exp() * c, 0.0).sum((-2, -1))
@@ -213,6 +300,47 @@ class DiscreteCoupling(Coupling):
 
     def between(self, t: float) -> None:
         return None
+
+
+def _log_weights(weights: Tensor, potential: Tensor, eps: float) -> Tensor:
+    """``log w + f / eps``; the logarithm of zero is kept out of the graph."""
+    live = weights > 0
+    return torch.where(live, torch.where(live, weights, 1.0).log() + potential / eps, -torch.inf)
+
+
+class _Value(torch.autograd.Function):
+    """The dual at potentials that follow the data: by the envelope theorem their motion has no part in the first derivative, and
+    is all of the rest of the second.
+
+    The first derivative streams.  Where a graph of it is wanted (``create_graph=True``), it is written out densely.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, coupling: DiscreteCoupling, f: Tensor, g: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.coupling = coupling
+        ctx.save_for_backward(f, g, *inputs)
+        return coupling._envelope()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        f, g, *inputs = ctx.saved_tensors
+        wanted = [k for k, need in enumerate(ctx.needs_input_grad[3:]) if need]
+        again = torch.is_grad_enabled()
+        with torch.enable_grad():
+            if again:
+                # views: the derivative is taken at them, and not through the potentials
+                inputs = [part.view_as(part) for part in inputs]
+                total = ctx.coupling.written_out(f, g, inputs[0], inputs[1], tuple(inputs[2:]))
+            else:
+                inputs = list(inputs)
+                total = ctx.coupling._envelope()
+            got = torch.autograd.grad(
+                total, [inputs[k] for k in wanted], grads[0], create_graph=again, allow_unused=True
+            )
+        out: list[Tensor | None] = [None] * len(inputs)
+        for k, part in zip(wanted, got, strict=True):
+            out[k] = part
+        return None, None, None, *out
 
 
 def divergence(p: Tensor, q: Tensor) -> Tensor:

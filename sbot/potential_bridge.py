@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import linalg
-from .arrays import DTYPES, compute_dtype
+from .arrays import DTYPES, as_count, compute_dtype
 from .bridge import Bridge, DualPotential, Potentials, Report, in_result_dtype
 from .costs import MatrixCost
 from .coupling import Coupling, DiscreteCoupling, GaussianCoupling, SampledCoupling, damping
@@ -32,6 +32,40 @@ class PotentialBridge(Bridge):
     def __init__(self, problem: Problem, phi: Potential, psi: Potential, report: Report) -> None:
         self.problem, self.phi, self.psi, self.report = problem, phi, psi, report
         self.coupling: Coupling = _coupling(problem, phi, psi)
+        self._attached = False
+
+    def differentiable(self, *, unroll: int | None = None) -> PotentialBridge:
+        """The same bridge, with derivatives in the data: potentials, plan, map, drift and density follow points and weights.
+
+        ``df``, ``dg`` solve the linearised Schrödinger system (`sbot.implicit`): memory and time do not depend on how many
+        iterations the solver took.  On the bridge as it was solved the potentials are constants, and only `cost` has
+        derivatives in the data.  Here `cost` has second derivatives too.
+
+        Parameters
+        ----------
+        unroll : differentiate through this many Sinkhorn iterations from the solution instead: a truncated series, for
+            comparison; its error falls like the error of Sinkhorn's iterations.
+
+        Raises
+        ------
+        Unsupported : a plan that does not couple atoms.
+        InvalidProblem : weights that want a gradient where some are zero.
+
+        Examples
+        --------
+        >>> import torch, sbot
+        >>> y = torch.tensor([[0.0], [1.0]], dtype=torch.float64, requires_grad=True)
+        >>> bridge = sbot.solve_bridge(torch.zeros(1, 1, dtype=torch.float64), y, 0.5).differentiable()
+        >>> bridge.transport().sum().backward()                                        # the mean of y
+        >>> y.grad.flatten()
+        tensor([0.5000, 0.5000], dtype=torch.float64)
+        """
+        if not isinstance(self.coupling, DiscreteCoupling) or not isinstance(self.psi, Atoms):
+            raise Unsupported("derivatives in the data are known for atoms; Gaussians have theirs without this call")
+        phi, psi = self.coupling.attached(None if unroll is None else as_count(unroll, "unroll"))
+        bridge = PotentialBridge(self.problem, phi, psi, self.report)
+        bridge._attached = True
+        return bridge
 
     # ---- static ----------------------------------------------------------------------------------------------------
 
@@ -76,7 +110,7 @@ class PotentialBridge(Bridge):
     def _dual_values(self) -> tuple[Tensor, Tensor]:
         if not isinstance(self.coupling, DiscreteCoupling):
             raise Unsupported("the plan has no atoms; call the potential at points: potentials().f(x)")
-        return self.coupling.dual_values()
+        return self.coupling.attached_values()
 
     # ---- dynamic ---------------------------------------------------------------------------------------------------
 
@@ -87,10 +121,14 @@ class PotentialBridge(Bridge):
         if x is None and not isinstance(self.problem.mu, Discrete):
             raise Unsupported("mu has no atoms; give points x, such as mu.sample(1000)")
         # at the atoms the map moves with them through psi too: no gradient is better than a part of one
-        points = self.problem.sites[0].detach() if x is None else self._points(x)
+        points = self._atoms() if x is None else self._points(x)
         if time == 1:
             raise Unsupported("given X_1 = x there is nothing left to know; ask at s < 1")
         return self.problem.reference.pull_back(self.psi, time, points, self.problem.eps)
+
+    def _atoms(self) -> Tensor:
+        here = self.problem.sites[0]
+        return here if self._attached else here.detach()
 
     @in_result_dtype
     def drift(self, t: float, x: Any) -> Tensor:

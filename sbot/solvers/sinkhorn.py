@@ -160,10 +160,9 @@ class Sinkhorn(Solver):
         state = State(kernel, a, b, problem.relax, g, model if model.possible else None)
         where = "stored" if isinstance(kernel, DenseKernel) else "computed by tiles"
         work = "streamed" if state.model is None else "on a kept model of the plan"
-        goal = replace(
-            goal, notes=(*problem.notes, *goal.notes, f"cost {where}, iterations {work}, {len(stages)} values of eps")
-        )
-        return state, stages, goal
+        values = f"{len(stages)} value{'s' if len(stages) > 1 else ''} of eps"
+        said = f"cost {where}, iterations {work}, {values}"
+        return state, stages, replace(goal, notes=(*problem.notes, *goal.notes, said))
 
     def _goal(self, problem: Problem, largest: float) -> _Goal:
         machine = torch.finfo(problem.dtype).eps

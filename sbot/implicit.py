@@ -1,0 +1,177 @@
+r"""Derivatives of the potentials with respect to the problem, without the iterations that found them.
+
+The potentials solve ``a_i e^{-f_i / rho_mu} = sum_j P_ij`` and ``b_j e^{-g_j / rho_nu} = sum_i P_ij``.  By the implicit function
+theorem a gradient ``(F, G)`` in ``(f, g)`` becomes one in the problem through the solution of a symmetric linear system,
+
+.. math:: \frac 1\varepsilon \begin{pmatrix} D_a & P \\ P' & D_b \end{pmatrix} \begin{pmatrix} \alpha \\ \beta \end{pmatrix}
+    = \begin{pmatrix} F \\ G \end{pmatrix}, \qquad D_a = diag(P 1) / \lambda_\mu, \quad D_b = diag(P' 1) / \lambda_\nu,
+
+solved for beta by conjugate gradients on the Schur complement ``D_b - P' D_a^-1 P``.  One iteration is one pass over tiles, and
+memory does not depend on how the potentials were found.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import linalg
+from .errors import NotConverged
+from .kernels import LogKernel
+
+#: Relative residual that conjugate gradients stop at, in units of the machine epsilon, and their limit.
+REST, MOST = 100.0, 2000
+#: Bytes up to which the plan is kept for the products of the backward pass; beyond it each product is a pass over the cost.
+KEPT_BYTES = 2**28
+
+
+class Plan:
+    """``P_ij = exp(left_i + right_j - C_ij / eps)`` as an operator; ``left = log a + f / eps``, ``right = log b + g / eps``."""
+
+    def __init__(self, kernel: LogKernel, left: Tensor, right: Tensor, eps: float) -> None:
+        self.kernel, self.left, self.right, self.eps = kernel, left, right, eps
+        lse = kernel.reduce(right, eps)[0]
+        self.lse = lse
+        self.rows = torch.exp(left + lse)
+        size = math.prod(kernel.batch_shape) * kernel.shape[0] * kernel.shape[1] * kernel.dtype.itemsize
+        self._kept = [(rows, law.clone()) for rows, law in self._stream()] if size <= KEPT_BYTES else None
+        ones = torch.ones_like(self.rows)
+        self.columns = self.transposed_times(ones)
+
+    def laws(self) -> Iterator[tuple[slice, Tensor]]:
+        """The conditional laws ``P_ij / (P 1)_i`` by tiles of rows; read only."""
+        return iter(self._kept) if self._kept is not None else self._stream()
+
+    def _stream(self) -> Iterator[tuple[slice, Tensor]]:
+        return self.kernel.softmax_tiles(self.right, self.eps, self.lse)
+
+    def times(self, v: Tensor) -> Tensor:
+        """``P v``."""
+        parts = [linalg.product(law, v) for _, law in self.laws()]
+        return self.rows * torch.cat(parts, -1)
+
+    def transposed_times(self, u: Tensor) -> Tensor:
+        """``P' u``."""
+        return sum_of(linalg.product(law.mT, (self.rows * u)[..., rows]) for rows, law in self.laws())
+
+    def through(self, weights: Tensor, v: Tensor) -> Tensor:
+        """``P' diag(weights) P v`` in one pass."""
+        return sum_of(
+            linalg.product(law.mT, (self.rows.square() * weights)[..., rows] * linalg.product(law, v))
+            for rows, law in self.laws()
+        )
+
+
+def sum_of(parts: Iterator[Tensor]) -> Tensor:
+    """The sum of tensors of one shape; there is at least one."""
+    total = next(parts)
+    for part in parts:
+        total = total + part
+    return total
+
+
+def solve(plan: Plan, damp: tuple[float, float], grad_f: Tensor, grad_g: Tensor) -> tuple[Tensor, Tensor]:
+    """``alpha``, ``beta`` of the module's system, where the plan has mass; 0 elsewhere."""
+    eps = plan.eps
+    upper, lower = plan.rows / damp[0], plan.columns / damp[1]
+    over = torch.where(upper > 0, 1 / upper, 0.0)
+    rest = eps * (grad_g - plan.transposed_times(over * grad_f))
+    free = damp == (1.0, 1.0)
+    live = lower > 0
+    if free:
+        # a constant may move between f and g: the right side has no part along it, up to rounding
+        rest = torch.where(live, rest - lower * (rest.sum(-1, keepdim=True) / lower.sum(-1, keepdim=True)), 0.0)
+    inverse = torch.where(live, 1 / lower, 0.0)
+    beta = torch.zeros_like(rest)
+    goal = REST * torch.finfo(rest.dtype).eps * rest.abs().sum(-1)
+    p = inverse * rest
+    rho = (rest * p).sum(-1, keepdim=True)
+    for _ in range(MOST):
+        busy = rest.abs().sum(-1) > goal
+        if not bool(busy.any()):
+            break
+        sp = lower * p - plan.through(over, p)
+        curvature = (p * sp).sum(-1, keepdim=True)
+        step = torch.where((curvature > 0) & busy[..., None], rho / curvature, 0.0)
+        beta, rest = beta + step * p, rest - step * sp
+        if not bool((step != 0).any()):
+            break
+        q = inverse * rest
+        old, rho = rho, (rest * q).sum(-1, keepdim=True)
+        p = torch.where(busy[..., None], q + (rho / old) * p, 0.0)
+    left = float((rest.abs().sum(-1) / goal.clamp(min=torch.finfo(goal.dtype).tiny)).max())
+    if left * REST * torch.finfo(rest.dtype).eps > 1e-3 and float(goal.max()) > 0:
+        warnings.warn(
+            f"the gradient through the plan is solved to {left * REST * torch.finfo(rest.dtype).eps:.0e} only; "
+            "raise eps, or use float64",
+            NotConverged,
+            stacklevel=2,
+        )
+    alpha = over * (eps * grad_f - plan.times(beta))
+    return alpha, beta
+
+
+class _Potentials(torch.autograd.Function):
+    """``(f, g)`` as a function of the weights, eps and what the cost is made of."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernel: LogKernel,
+        damp: tuple[float, float],
+        eps: float,
+        f: Tensor,
+        g: Tensor,
+        a: Tensor,
+        b: Tensor,
+        *leaves: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.kernel, ctx.damp, ctx.eps = kernel, damp, eps
+        ctx.save_for_backward(f, g, a, b)
+        return f.clone(), g.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_f: Tensor, grad_g: Tensor) -> tuple[Tensor | None, ...]:
+        f, g, a, b = ctx.saved_tensors
+        kernel, eps = ctx.kernel, ctx.eps
+        with linalg.full_precision():
+            plan = Plan(kernel, a.log() + f / eps, b.log() + g / eps, eps)
+            # potentials where there is no mass are c-transforms, which the caller writes out
+            alpha, beta = solve(plan, ctx.damp, torch.where(a > 0, grad_f, 0.0), torch.where(b > 0, grad_g, 0.0))
+            # P_ij / a_i and P_ij / b_j are finite at an atom of zero weight too
+            over_a = -torch.exp(f / eps) * signed(kernel, b.log() + g / eps, beta, eps)
+            over_b = -torch.exp(g / eps) * signed(kernel.T, a.log() + f / eps, alpha, eps)
+
+            def tiles() -> Iterator[tuple[slice, Tensor]]:
+                for rows, law in plan.laws():
+                    weight = plan.rows[..., rows, None] / eps
+                    yield rows, law * weight * (alpha[..., rows, None] + beta[..., None, :])
+
+            grads = kernel.pull_back(tiles())
+        return None, None, None, None, None, over_a, over_b, *grads
+
+
+def signed(kernel: LogKernel, bias: Tensor, values: Tensor, eps: float) -> Tensor:
+    """``sum_j exp(bias_j - C_ij / eps) values_j`` for values of any sign."""
+    lse, mean = kernel.reduce(bias, eps, values[..., None])
+    assert mean is not None
+    return torch.exp(lse) * mean[..., 0]
+
+
+def potentials(
+    kernel: LogKernel, damp: tuple[float, float], eps: float, f: Tensor, g: Tensor, a: Tensor, b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The solution ``(f, g)`` with its derivatives in ``a``, ``b`` and the leaves of ``kernel``.
+
+    ``f`` and ``g`` are ``(*b, n)`` and ``(*b, m)`` in cost units, finite everywhere; ``damp`` is ``rho / (rho + eps)`` of both
+    sides.  A balanced solution is known up to a constant: only what does not depend on it has a derivative.
+    """
+    f, g = _Potentials.apply(kernel, damp, eps, f.detach(), g.detach(), a, b, *kernel.leaves)  # type: ignore[no-untyped-call]
+    return f, g
