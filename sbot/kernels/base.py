@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from .. import linalg
 
 #: Bytes of one tile: on a CPU small enough to stay in cache, on an accelerator large enough to fill it.
-TILE_BYTES = 2**22
+TILE_BYTES = 2**23
 ACCELERATOR_TILE_BYTES = 2**27
 LN2 = math.log(2)
 #: Exponents of two below which an entry of a row that sums to about one is nothing; denormal numbers are ten times slower.

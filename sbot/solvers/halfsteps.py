@@ -38,7 +38,7 @@ class State:
 
     ``model`` is where the conditional laws are kept, None where iterations stream.  ``rows`` and ``columns`` are the masses
     of the plan, in float64; ``fresh`` says whether they are those of the present g, ``known``
-    whether the model is.
+    whether the model is; ``roomless`` is the smallest eps at which there was no room for one.
     """
 
     kernel: LogKernel
@@ -50,6 +50,7 @@ class State:
     eps: float = 1.0
     iterations: int = 0
     passes: int = 0
+    roomless: float = math.inf
     f: Tensor = field(init=False)
     rows: Tensor = field(init=False)
     columns: Tensor = field(init=False)
@@ -71,12 +72,14 @@ class State:
         lam = self.damp[0]
         keep = None
         self.known = False
-        if self.model is not None and keep_model:
+        # the smaller eps, the fewer entries: what had no room may have it at half the eps
+        if self.model is not None and keep_model and self.eps <= self.roomless / 2:
             self.model.open()
             keep = self.model.keep
         seen = self.kernel.conditionals(self.log_b + self.g / self.eps, self.eps, self.a, 1 - lam, keep)
         if self.model is not None and keep is not None:
             self.known = self.model.close()
+            self.roomless = self.roomless if self.known else self.eps
         f = -lam * self.eps * seen.lse
         # an atom of zero weight may have only forbidden pairs: its potential is infinite and of no consequence
         self.f = torch.where(self.live[0], f, 0.0) if self.zeros else f
@@ -157,22 +160,52 @@ class Step(ABC):
 
 
 class Exact(Step):
-    """One half-step on each side from what the pass found: needs no model, and is safe wherever the numbers are."""
+    """A half-step on each side from what the pass found: needs no model, and is safe wherever the numbers are.
+
+    Several in a row are accelerated by Anderson's method: the next g is that combination of the last ones whose residuals
+    ``log(goal / columns)``, weighted by the goal, nearly cancel.  Where the error grew by half, the past is forgotten.
+    """
 
     name = "passes"
 
+    def __init__(self, memory: int = 5) -> None:
+        self.memory = memory
+        self._past: list[tuple[Tensor, Tensor]] = []
+        self._error = math.inf
+
     def advance(self, state: State, most: int, check: Check) -> bool:
-        goal, columns = state.goal(), state.columns
-        if bool((state.sunk & state.live[1]).any()):
+        goal, columns, error = state.goal(), state.columns, state.error()
+        sunk = bool((state.sunk & state.live[1]).any())
+        if sunk:
             # an atom of nu that underflowed in every row: its sums are to be had in the log domain only
             lse = state.kernel.T.reduce(state.log_a + state.f / state.eps, state.eps)[0]
             log_columns = state.log_b.double() + (state.g / state.eps + lse).double()
         else:
             log_columns = columns.log()
-        state.move(state.damp[1] * (goal.log() - log_columns))
+        rest = torch.where(state.live[1], state.damp[1] * (goal.log() - log_columns), 0.0)
+        if sunk or error > 1.5 * self._error:
+            self._past = []
+        self._error = error
+        here = state.g.double() / state.eps
+        self._past = [*self._past, (here, rest)][-1 - self.memory :]
+        state.move(self._mixed(goal) - here)
         state.translate()
         state.iterations += 1
         return False
+
+    def _mixed(self, goal: Tensor) -> Tensor:
+        here, rest = self._past[-1]
+        if len(self._past) == 1:
+            return here + rest
+        weight = goal.sqrt()[..., None]
+        moves = torch.stack([here - g for g, _ in self._past[:-1]], -1)
+        changes = torch.stack([rest - r for _, r in self._past[:-1]], -1)
+        seen = weight * changes
+        gram = seen.mT @ seen
+        ridge = 1e-10 * gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] + torch.finfo(gram.dtype).tiny
+        gram = gram + ridge * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        share = torch.linalg.solve(gram, seen.mT @ (weight * rest[..., None]))
+        return here + rest - ((moves + changes) @ share)[..., 0]
 
 
 @dataclass(frozen=True)

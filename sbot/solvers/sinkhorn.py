@@ -31,6 +31,8 @@ from .schedule import Schedule
 STAGE_LIMIT = 100
 #: First eps of the annealing, in units of the mean cost: above it half-steps need no help.
 START = 0.1
+#: Atoms on a side of the coarsest problem that starts a streamed one, and the marginal error it is left at.
+COARSEST, COARSE = 4096, 1e-2
 #: Looks at the error without a new best (by a thousandth) after which the last stage counts as stalled.
 PATIENCE = 10
 #: Half-steps in a row; where more would be needed at the rate of the last ones, Newton takes over.
@@ -103,7 +105,8 @@ class Sinkhorn(Solver):
             raise InvalidProblem(f"Sinkhorn: {refusal}")
         start = time.perf_counter()
         with torch.no_grad(), reporting(progress, "Sinkhorn") as report:
-            state, stages, goal = self._prepare(problem, init)
+            coarse = self._coarse(problem) if init is None else None
+            state, stages, goal = self._prepare(problem, init if coarse is None else coarse)
             history: list[tuple[int, float, float]] = []
             reason, counts = "max_iter", dict.fromkeys((Exact.name, HalfSteps.name, Newton.name), 0)
             for k, (eps, tolerance) in enumerate(stages):
@@ -126,7 +129,7 @@ class Sinkhorn(Solver):
             tolerance=tolerance,
             history=tuple(history),
             seconds=time.perf_counter() - start,
-            notes=(*goal.notes, _account(counts, state)),
+            notes=(*goal.notes, *_started(coarse), _account(counts, state)),
         )
         if not outcome.converged:
             warnings.warn(
@@ -138,6 +141,18 @@ class Sinkhorn(Solver):
         return PotentialBridge(problem, phi, psi, outcome)
 
     # ---- the parts -------------------------------------------------------------------------------------------------
+
+    def _coarse(self, problem: Problem) -> Bridge | None:
+        """Where passes over all pairs are dear: a solution between a few of the atoms, which is near and nearly free."""
+        mu, nu = problem.mu, problem.nu
+        assert isinstance(mu, Discrete) and isinstance(nu, Discrete)
+        small = max(mu.n, nu.n) < 2 * COARSEST or 4 * mu.n * nu.n <= self.memory
+        if small or self.anneal is None or problem.batch_shape or isinstance(problem.cost, MatrixCost):
+            return None
+        parts = replace(problem, mu=_thinned(mu), nu=_thinned(nu), notes=())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return replace(self, tol=max(self.tol or 0.0, COARSE)).solve(parts)
 
     def _prepare(self, problem: Problem, init: Bridge | None) -> tuple[State, list[tuple[float, float]], _Goal]:
         mu, nu, eps = problem.mu, problem.nu, problem.eps
@@ -159,9 +174,8 @@ class Sinkhorn(Solver):
         model = Conditionals(kernel, max(0, self.memory - (0 if isinstance(problem.cost, MatrixCost) else taken)))
         state = State(kernel, a, b, problem.relax, g, model if model.possible else None)
         where = "stored" if isinstance(kernel, DenseKernel) else "computed by tiles"
-        work = "streamed" if state.model is None else "on a kept model of the plan"
         values = f"{len(stages)} value{'s' if len(stages) > 1 else ''} of eps"
-        said = f"cost {where}, iterations {work}, {values}"
+        said = f"cost {where}, {values}"
         return state, stages, replace(goal, notes=(*problem.notes, *goal.notes, said))
 
     def _goal(self, problem: Problem, largest: float) -> _Goal:
@@ -202,28 +216,56 @@ class Sinkhorn(Solver):
 
 def _fitting(step: Step, state: State) -> Step:
     """``step``, where the state allows it: a model and masses that are not too far off, else the exact half-step."""
-    if not state.known and state.model is not None:
+    if not state.known and state.model is not None and state.eps <= state.roomless / 2:
         state.settle()
+    exact = step if isinstance(step, Exact) else Exact()
     if not state.known:
-        return Exact()
+        return exact
     off = torch.where(state.live[1], (state.goal() / state.columns).log().abs(), 0.0)
-    return step if bool((off <= TRUST).all()) else Exact()
+    return exact if bool((off > TRUST).any()) else HalfSteps() if isinstance(step, Exact) else step
 
 
 def _next(step: Step, before: float, after: float, took: int, tolerance: float) -> Step:
     """Half-steps as long as a run of them will do, Newton as long as it gains."""
     if isinstance(step, Newton):
         return step if after < 0.9 * before else HalfSteps()
+    if isinstance(step, Exact):
+        return step
     fall = math.log(before / after) / took if 0 < after < before else 0.0
     left = math.log(max(after, 1e-300) / max(tolerance, 1e-300)) / fall if fall > 0 else math.inf
-    return HalfSteps() if isinstance(step, Exact) or left <= RUN else Newton()
+    return HalfSteps() if left <= RUN else Newton()
+
+
+def _thinned(measure: Discrete) -> Discrete:
+    """A fourth of the atoms, each of the same weight: systematic sampling in a random order of the atoms."""
+    assert measure.points is not None
+    keep = max(COARSEST, measure.n // 4)
+    if keep >= measure.n:
+        return Discrete(measure.points.detach(), measure.weights.detach())
+    # an order of its own: the points may be sorted, and nobody's generator is touched
+    order = torch.randperm(measure.n, generator=torch.Generator().manual_seed(0)).to(measure.device)
+    weights = measure.weights.detach()[order].double()
+    ladder = weights.cumsum(-1)
+    marks = (torch.arange(keep, device=measure.device, dtype=torch.float64) + 0.5) / keep * ladder[-1]
+    picked = order[torch.searchsorted(ladder, marks).clamp(max=measure.n - 1)]
+    share = (ladder[-1] / keep).to(weights.dtype).expand(keep)
+    return Discrete(measure.points.detach()[picked], share.to(measure.weights))
+
+
+def _started(coarse: Bridge | None) -> tuple[str, ...]:
+    if coarse is None:
+        return ()
+    mu, nu = coarse.problem.mu, coarse.problem.nu
+    assert isinstance(mu, Discrete) and isinstance(nu, Discrete)
+    return (f"started from a solution between {mu.n} and {nu.n} of the atoms",)
 
 
 def _account(counts: dict[str, int], state: State) -> str:
     done = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     if state.known and state.model is not None and state.model.sparse:
         done += f"; {state.model.share:.1%} of the plan's entries kept at the end"
-    return f"{done or 'nothing to do'}; {state.passes} passes over the cost"
+    work = "on a kept model of the plan" if counts[HalfSteps.name] or counts[Newton.name] else "streamed"
+    return f"iterations {work}: {done or 'none'}; {state.passes} passes over the cost"
 
 
 def _warm(problem: Problem, init: Bridge) -> Tensor:
