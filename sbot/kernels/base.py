@@ -57,6 +57,10 @@ class LogKernel(ABC):
     def entries(self, rows: slice) -> Tensor:
         """``C[rows]``, ``(*b, r, m)``; may be a view, so never write into it.  Differentiable where C is."""
 
+    @abstractmethod
+    def take(self, index: Tensor) -> LogKernel:
+        """These problems of a batch, ``(k,)``."""
+
     def fill(self, rows: slice, out: Tensor) -> None:
         """``C[rows]`` into ``out``, as quickly as it goes; without gradients."""
         out.copy_(self.entries(rows))

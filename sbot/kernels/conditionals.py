@@ -36,6 +36,7 @@ class Conditionals:
     """
 
     def __init__(self, kernel: LogKernel, memory: int) -> None:
+        self.memory = memory
         self.shape, self.batch_shape, self.device = kernel.shape, kernel.batch_shape, kernel.device
         self.pairs = math.prod(self.batch_shape) * kernel.shape[0] * kernel.shape[1]
         # products with sparse rows need MKL on a CPU
@@ -52,6 +53,10 @@ class Conditionals:
         self._rows: Tensor | None = None
         self._columns: Tensor | None = None
         self.share = 1.0
+
+    def like(self, kernel: LogKernel) -> Conditionals:
+        """An empty one for another kernel, with the same memory."""
+        return Conditionals(kernel, self.memory)
 
     @property
     def possible(self) -> bool:

@@ -24,6 +24,9 @@ class DenseKernel(LogKernel):
     def T(self) -> DenseKernel:
         return DenseKernel(self.matrix.mT)
 
+    def take(self, index: Tensor) -> DenseKernel:
+        return DenseKernel(self.matrix[index])
+
     @property
     def leaves(self) -> tuple[Tensor, ...]:
         return (self.matrix,)

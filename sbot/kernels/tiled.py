@@ -40,6 +40,9 @@ class TiledKernel(LogKernel):
     def T(self) -> TiledKernel:
         return TiledKernel(self.cost, self.x, self.y, flipped=not self.flipped)
 
+    def take(self, index: Tensor) -> TiledKernel:
+        return TiledKernel(self.cost, self.x[index], self.y[index], flipped=self.flipped)
+
     @property
     def leaves(self) -> tuple[Tensor, ...]:
         return self.x, self.y

@@ -28,6 +28,8 @@ TRUST = 8.0
 RANGE = 50.0
 #: Over-relaxation stays below this: far from the solution 2, the limit, diverges.
 FASTEST = 1.8
+#: Growth of the error over its least, at which accelerated passes start again from there.
+GROWN = 3.0
 #: Marginal error above which the rounding of a model in single precision is not noticed.
 NOTICED = 1e-4
 
@@ -86,6 +88,20 @@ class State:
         self.rows, self.columns = seen.rows.double(), seen.columns
         self.passes += 1
         self.fresh = True
+
+    def take(self, index: Tensor) -> State:
+        """These problems of a batch, ``(k,)``, settled."""
+        kernel = self.kernel.take(index)
+        model = None if self.model is None else self.model.like(kernel)
+        part = State(kernel, self.a[index], self.b[index], self.rho, self.g[index], model, self.eps, self.iterations)
+        part.settle()
+        return part
+
+    def put(self, index: Tensor, part: State) -> None:
+        """Take over the solutions of these problems."""
+        for name in ("f", "g", "rows", "columns"):
+            getattr(self, name)[index] = getattr(part, name)
+        self.iterations, self.passes = part.iterations, self.passes + part.passes
 
     def goal(self, log_v: Tensor | float = 0.0) -> Tensor:
         """What the columns should sum to: b, or ``b e^{-g / rho}`` where nu is relaxed, with g moved by ``eps log_v``."""
@@ -163,7 +179,8 @@ class Exact(Step):
     """A half-step on each side from what the pass found: needs no model, and is safe wherever the numbers are.
 
     Several in a row are accelerated by Anderson's method: the next g is that combination of the last ones whose residuals
-    ``log(goal / columns)``, weighted by the goal, nearly cancel.  Where the error grew by half, the past is forgotten.
+    ``log(goal / columns)``, weighted by the goal, nearly cancel.  Where the error has grown, it goes back to the best and
+    takes some plain steps.
     """
 
     name = "passes"
@@ -171,7 +188,8 @@ class Exact(Step):
     def __init__(self, memory: int = 5) -> None:
         self.memory = memory
         self._past: list[tuple[Tensor, Tensor]] = []
-        self._error = math.inf
+        self._best: tuple[float, tuple[Tensor, Tensor]] | None = None
+        self._plain = 0
 
     def advance(self, state: State, most: int, check: Check) -> bool:
         goal, columns, error = state.goal(), state.columns, state.error()
@@ -183,12 +201,20 @@ class Exact(Step):
         else:
             log_columns = columns.log()
         rest = torch.where(state.live[1], state.damp[1] * (goal.log() - log_columns), 0.0)
-        if sunk or error > 1.5 * self._error:
-            self._past = []
-        self._error = error
         here = state.g.double() / state.eps
+        self._plain = max(0, self._plain - 1)
+        if sunk or self._plain:
+            self._past = []
         self._past = [*self._past, (here, rest)][-1 - self.memory :]
-        state.move(self._mixed(goal) - here)
+        if self._best is None or error < self._best[0]:
+            self._best = error, (here, rest)
+        elif error > GROWN * self._best[0]:
+            self._past, self._plain = [self._best[1]], 2 * self.memory
+        step = self._mixed(goal) - here
+        if state.rho == (math.inf, math.inf):
+            # the error does not see a constant, which would grow until it costs digits
+            step = step - ((goal * step).sum(-1) / goal.sum(-1))[..., None]
+        state.move(step)
         state.translate()
         state.iterations += 1
         return False
@@ -224,17 +250,18 @@ class HalfSteps(Step):
         assert model is not None
         lam_a, lam_b = state.damp
         live, tiny = state.live[1], torch.finfo(torch.float64).tiny
-        lack, pace = self._lack(state), _Pace(state.error())
+        lack, pace = self._lack(state), _Pace(state.errors())
+        omega = pace.omega
         columns, u, v = state.columns.clamp(min=tiny), torch.ones_like(r), torch.ones_like(goal)
         log_v, done, stop = torch.zeros_like(goal), 0, False
         while done < most and not stop:
             look = done % self.every == self.every - 1 or done == most - 1
             step = goal / columns  # 0 at an atom of zero weight
-            v = _relaxed(v, step if lam_b == 1 else step.pow_(lam_b), pace.omega)
+            v = _relaxed(v, step if lam_b == 1 else step.pow_(lam_b), omega)
             sums = model.times(v)
             sums = sums if lack is None else sums.add_(lack[0]).clamp_(min=tiny)
             # where the error is looked at, f is exact as everywhere else
-            u = _relaxed(u, sums.pow_(-lam_a), 1.0 if look else pace.omega)
+            u = _relaxed(u, sums.pow_(-lam_a), None if look else omega)
             columns = model.transposed_times(r * u)
             columns = (columns if lack is None else columns.add_(lack[1])).clamp_(min=tiny)
             done += 1
@@ -245,9 +272,10 @@ class HalfSteps(Step):
                     return Exact().advance(state, most, check)
                 if spread > (TRUST if model.sparse else RANGE):
                     break
-                error = float(relative(columns * v, state.goal(log_v)).max())
-                stop = check(state.iterations + done, error)
-                pace.look(error, self.every)
+                errors = relative(columns * v, state.goal(log_v))
+                stop = check(state.iterations + done, float(errors.max()))
+                pace.look(errors, self.every)
+                omega = pace.omega
         state.move(log_v)
         state.translate()
         state.iterations += done
@@ -263,28 +291,33 @@ class HalfSteps(Step):
         return 1 - model.times(ones), state.columns - model.transposed_times(state.rows)
 
 
-def _relaxed(old: Tensor, new: Tensor, omega: float) -> Tensor:
-    return new if omega == 1 else old * (new / old.clamp(min=torch.finfo(old.dtype).tiny)).pow_(omega)
+def _relaxed(old: Tensor, new: Tensor, omega: Tensor | None) -> Tensor:
+    return new if omega is None else old * (new / old.clamp(min=torch.finfo(old.dtype).tiny)).pow_(omega)
 
 
 class _Pace:
-    """Over-relaxation, from the rate at which the error falls (Thibault et al. 2021, Lehmann et al. 2022).
+    """Over-relaxation of each problem, from the rate at which its error falls (Thibault et al. 2021, Lehmann et al. 2022).
 
     At the solution half-steps are Gauss-Seidel iterations on two blocks.  Where plain ones contract by theta^2, relaxed
     ones contract by the lambda of ``(lambda + omega - 1)^2 = lambda omega^2 theta^2``, which is least at
     ``omega = 2 / (1 + sqrt(1 - theta^2))``.
     """
 
-    def __init__(self, error: float) -> None:
-        self.omega, self.last, self.looks = 1.0, error, 0
+    def __init__(self, errors: Tensor) -> None:
+        self.last, self.looks = errors, torch.zeros_like(errors)
+        self.factor = torch.ones_like(errors)
 
-    def look(self, error: float, iterations: int) -> None:
-        rate = (error / self.last) ** (1 / iterations) if self.last > 0 else 1.0
-        self.last, self.looks = error, self.looks + 1
-        if self.looks == 1 or rate == 0:
-            return  # the first iterations are no measure of the last
-        if rate >= 1:
-            self.omega, self.looks = 1.0, 0
-            return
-        theta = min((rate + self.omega - 1) ** 2 / (rate * self.omega**2), 0.999)
-        self.omega = min(2 / (1 + math.sqrt(1 - theta)), FASTEST)
+    @property
+    def omega(self) -> Tensor | None:
+        """``(*b, 1)``; None where nothing is relaxed yet."""
+        return None if bool((self.factor == 1).all()) else self.factor[..., None]
+
+    def look(self, errors: Tensor, iterations: int) -> None:
+        rate = (errors / self.last.clamp(min=torch.finfo(errors.dtype).tiny)).pow(1 / iterations)
+        self.last, self.looks = errors, self.looks + 1
+        theta = (rate + self.factor - 1).square() / (rate * self.factor.square()).clamp(min=1e-30)
+        best = (2 / (1 + (1 - theta.clamp(max=0.999)).sqrt())).clamp(max=FASTEST)
+        # the first iterations are no measure of the last, and where the error grew it starts again
+        factor = torch.where((self.looks == 1) | (rate == 0), self.factor, best)
+        self.factor = torch.where(rate >= 1, 1.0, factor)
+        self.looks = torch.where((rate >= 1) & (self.looks > 1), 0.0, self.looks)

@@ -117,7 +117,7 @@ class Sinkhorn(Solver):
             state.centre()
             phi, psi = _potentials(problem, state)
         eps, tolerance = stages[-1]
-        error = history[-1][2]
+        error = state.error()
         resolved = goal.reach <= max(HOPELESS, tolerance)
         reason = "precision" if not resolved else "tolerance" if error <= tolerance else reason
         outcome = Report(
@@ -199,6 +199,9 @@ class Sinkhorn(Solver):
         limit = self.max_iter if last else min(self.max_iter, state.iterations + STAGE_LIMIT)
         state.eps = eps
         state.settle()
+        self._iterate(state, limit, last, watch, counts)
+
+    def _iterate(self, state: State, limit: int, last: bool, watch: _Watch, counts: dict[str, int]) -> None:
         step: Step = HalfSteps()
         while not watch(state.iterations, error := state.error()) and state.iterations < limit:
             begun = state.iterations
@@ -211,7 +214,21 @@ class Sinkhorn(Solver):
                 return  # the next value of eps looks at it
             if not state.fresh:
                 state.settle(keep_model=not hopeful)
+            busy = _few(state, watch.tolerance)
+            if busy is not None:
+                part = state.take(busy)
+                self._iterate(part, limit, last, watch, counts)
+                state.put(busy, part)
+                return
             step = _next(step, error, state.error(), took, watch.tolerance)
+
+
+def _few(state: State, tolerance: float) -> Tensor | None:
+    """The problems of a batch that are not done, where they are so few that they are better solved by themselves."""
+    if len(state.kernel.batch_shape) != 1:
+        return None
+    busy = torch.nonzero(state.errors() > tolerance)[:, 0]
+    return busy if 0 < len(busy) <= state.kernel.batch_shape[0] / 2 else None
 
 
 def _fitting(step: Step, state: State) -> Step:

@@ -168,15 +168,16 @@ def test_a_step_that_cannot_gain_is_taken_back(generator):
 def test_over_relaxation_learns_the_rate():
     """Gauss-Seidel on two blocks at a known rate: omega tends to the best one, and the rates it predicts come true."""
     theta, used = 0.9, []
-    pace = halfsteps._Pace(1.0)
+    pace = halfsteps._Pace(torch.ones((), dtype=torch.float64))
     error, x, y = 1.0, 1.0, 1.0
     for k in range(1, 61):
-        x = (1 - pace.omega) * x + pace.omega * math.sqrt(theta) * y
-        y = (1 - pace.omega) * y + pace.omega * math.sqrt(theta) * x
+        omega = float(pace.factor)
+        x = (1 - omega) * x + omega * math.sqrt(theta) * y
+        y = (1 - omega) * y + omega * math.sqrt(theta) * x
         if k % 5 == 0:
             error = math.hypot(x, y)
-            pace.look(error, 5)
-            used.append(pace.omega)
+            pace.look(torch.tensor(error, dtype=torch.float64), 5)
+            used.append(float(pace.factor))
     best = 2 / (1 + math.sqrt(1 - theta))
     assert used[0] == 1.0
     assert max(used) <= halfsteps.FASTEST
@@ -232,3 +233,30 @@ def test_a_streamed_problem_starts_from_a_few_of_its_atoms(weighted, generator, 
     torch.testing.assert_close(thin.mass, a.sum())
     if not weighted:
         assert len(thin.points.unique(dim=0)) == 100  # no atom twice
+
+
+@pytest.mark.parametrize("name", ["quadratic", "l1", "matrix"])
+@pytest.mark.parametrize("rho", [(INF, INF), (1.0, INF)], ids=str)
+def test_problems_of_a_batch_that_are_done_are_left_behind(name, rho, generator):
+    """One problem of a batch is far harder than the others, and each comes out as if it were alone."""
+    x, y = clouds(20, 30, 2, generator, (6,))
+    x[4], y[4] = 30 * x[4], 30 * y[4]
+    a, b = weights(6, 20, generator=generator), weights(6, 30, generator=generator)
+    solver = sbot.Sinkhorn(tol=1e-11)
+
+    def solve(x, y, a, b):
+        if name == "matrix":
+            return sbot.solve_bridge(a, b, 0.5, cost=half_squares(x, y), relax=rho, solver=solver)
+        return sbot.solve_bridge(
+            (x, a), (y, b), 0.5, cost=sbot.Lp(1) if name == "l1" else None, relax=rho, solver=solver
+        )
+
+    whole = solve(x, y, a, b)
+    assert whole.report.converged
+    for k in range(6):
+        one = solve(x[k], y[k], a[k], b[k])
+        torch.testing.assert_close(whole.plan()[k], one.plan(), rtol=1e-7, atol=1e-11)
+        torch.testing.assert_close(whole.cost()[k], one.cost(), rtol=1e-10, atol=1e-10)
+    columns = whole.plan().sum(-2)
+    if rho[1] == INF:
+        assert float((columns - b).abs().sum(-1).max()) <= 1.1 * whole.report.error + 1e-12
