@@ -12,6 +12,7 @@ from .neural import Cache, FitConfig, TimeMLP, UNet
 from .potential_bridge import PotentialBridge
 from .problem import Problem
 from .reference import Affine, Brownian, LinearReference, LinearSDE, OrnsteinUhlenbeck, Reference, Static
+from .rounding import FeasiblePlan, SparsePlan
 from .sde import TimeGrid
 from .solvers import DSB, DSBM, ClosedForm, LightSB, PlugIn, Progress, Schedule, Sinkhorn, Solver
 
@@ -33,6 +34,7 @@ __all__ = [
     "Discrete",
     "DriftBridge",
     "DualPotential",
+    "FeasiblePlan",
     "FitConfig",
     "Gaussian",
     "InvalidFile",
@@ -61,6 +63,7 @@ __all__ = [
     "Schedule",
     "Sinkhorn",
     "Solver",
+    "SparsePlan",
     "Static",
     "TimeGrid",
     "TimeMLP",

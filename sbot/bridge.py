@@ -17,11 +17,12 @@ from torch import Tensor
 from . import io
 from .arrays import HALF, as_count, as_index, as_number, as_tensor, require_finite
 from .costs import MatrixCost
-from .errors import InvalidProblem, NumericalError
+from .errors import InvalidProblem, NumericalError, Unsupported
 from .linalg import full_precision
 from .measures import Discrete, Measure, Sampler
 from .potentials import Tilted
 from .problem import Problem
+from .rounding import ATOMS_ONLY, FeasiblePlan, SparsePlan
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -198,6 +199,32 @@ class Bridge(ABC):
     @abstractmethod
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What `save` writes: plain data and tensors."""
+
+    # ---- what exists between atoms only ----------------------------------------------------------------------------
+
+    def round(self) -> FeasiblePlan:
+        """A plan with exactly the marginals of mu and nu."""
+        raise Unsupported(ATOMS_ONLY)
+
+    def sparse_plan(self, mass: float = 0.99, *, max_per_row: int | None = None) -> SparsePlan:
+        """The largest entries of the plan."""
+        raise Unsupported(ATOMS_ONLY)
+
+    def top(self, k: int) -> tuple[Tensor, Tensor]:
+        """The ``k`` largest entries of each row and their columns, each ``(*b, n, k)``."""
+        raise Unsupported(ATOMS_ONLY)
+
+    def assignment(self) -> Tensor:
+        """An atom of nu for each atom of mu, ``(n,)``."""
+        raise Unsupported(ATOMS_ONLY)
+
+    def apply(self, v: Any, *, transpose: bool = False) -> Tensor:
+        """``P v``, or ``P' v``."""
+        raise Unsupported(ATOMS_ONLY)
+
+    def differentiable(self, *, unroll: int | None = None) -> Bridge:
+        """The same bridge, with derivatives in the data."""
+        raise Unsupported("derivatives in the data are known for plans between atoms only; see solver=sbot.Sinkhorn()")
 
     # ---- what follows from it, once ------------------------------------------------------------------------------
 

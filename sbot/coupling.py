@@ -18,12 +18,13 @@ from .arrays import as_index
 from .costs import MatrixCost
 from .errors import InvalidProblem, Unsupported
 from .gaussian import GaussianPlan, couple
-from .kernels import LogKernel, make_kernel, require_memory
+from .kernels import COPIES, LogKernel, make_kernel, require_memory
 from .measures import Discrete, Gaussian, Measure
 from .metrics import Estimate
 from .potentials import Atoms, Potential
 from .problem import Problem
 from .reference import LinearReference
+from .rounding import ATOMS_ONLY, FeasiblePlan, SparsePlan, feasible
 
 
 class Coupling(ABC):
@@ -49,6 +50,26 @@ class Coupling(ABC):
     @abstractmethod
     def gap(self) -> Tensor:
         """Objective of a feasible plan minus `cost`, ``(*b,)``."""
+
+    def round(self) -> FeasiblePlan:
+        """A plan that has the marginals to rounding."""
+        raise Unsupported(ATOMS_ONLY)
+
+    def top(self, k: int) -> tuple[Tensor, Tensor]:
+        """The largest entries of each row, and their columns."""
+        raise Unsupported(ATOMS_ONLY)
+
+    def top_logits(self, k: int) -> tuple[Tensor, Tensor]:
+        """`top`, in logarithms, up to a constant of each row."""
+        raise Unsupported(ATOMS_ONLY)
+
+    def sparse(self, mass: float, most: int | None) -> SparsePlan:
+        """The largest entries."""
+        raise Unsupported(ATOMS_ONLY)
+
+    def apply(self, v: Tensor, transpose: bool) -> Tensor:
+        """``P v`` or ``P' v`` for ``(*b, m, p)``."""
+        raise Unsupported(ATOMS_ONLY)
 
     @abstractmethod
     def between(self, t: float) -> Measure | None:
@@ -235,7 +256,7 @@ class DiscreteCoupling(Coupling):
     def _tiles(self, left: Tensor, right: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Rows, their log-plan for the given log-weights, and their costs; in float64."""
         kernel = self._kernel()
-        kernel.tile_bytes = 2**20  # a caller makes several float64 tiles of each
+        kernel.copies = COPIES
         for rows in kernel.tiles():
             c = kernel.entries(rows).double()
             yield rows, left[..., rows, None].double() + right[..., None, :].double() - c / self.eps, c
@@ -262,32 +283,15 @@ class DiscreteCoupling(Coupling):
         where that correction has to use a forbidden pair.
         """
         eps, (rho_a, rho_b) = self.eps, self.problem.relax
-        kernel = self._kernel()
+        rounded = self.round()
         left, right = (log.double() for log in self._logs)
-        a, b = (w.double() for w in self.target_marginals())
-        scale_l, scale_r = left, right
-        excess = torch.zeros(self.problem.batch_shape, dtype=torch.float64, device=a.device)
-        hard_a, hard_b = math.isinf(rho_a), math.isinf(rho_b)
-
-        def sums(side: int, here: Tensor, there: Tensor) -> Tensor:
-            lse = (kernel if side == 0 else kernel.T).reduce(there.to(kernel.dtype), eps)[0].double()
-            return torch.exp(here + lse)
-
-        if hard_a:
-            ratio = a / sums(0, left, right)
-            scale_l = left + torch.where(a > 0, ratio.clamp(max=1.0) if hard_b else ratio, 1.0).log()
-        if hard_b:
-            ratio = b / sums(1, right, scale_l)
-            scale_r = right + torch.where(b > 0, ratio.clamp(max=1.0) if hard_a else ratio, 1.0).log()
-        if not hard_a:
-            excess += rho_a * divergence(sums(0, scale_l, scale_r), a)
-        if not hard_b:
-            excess += rho_b * divergence(sums(1, scale_r, scale_l), b)
-        rest_a, rest_b = torch.zeros_like(a), torch.zeros_like(b)
-        if hard_a and hard_b:
-            rest_a = (a - sums(0, scale_l, scale_r)).clamp(min=0)
-            rest_b = (b - sums(1, scale_r, scale_l)).clamp(min=0)
-            rest_b = rest_b / rest_a.sum(-1, keepdim=True).clamp(min=1e-300)
+        excess = torch.zeros(self.problem.batch_shape, dtype=torch.float64, device=left.device)
+        relaxed = (rho_a, rho_b) != (math.inf, math.inf)
+        sides = zip((rho_a, rho_b), rounded.marginals(), self.target_marginals(), strict=True) if relaxed else ()
+        for rho, sums, target in sides:
+            if not math.isinf(rho):
+                excess += rho * divergence(sums, target.double())
+        scale_l, scale_r, rest_a, rest_b = rounded.left, rounded.right, rounded.rest_mu, rounded.rest_nu
         shift = scale_l - left, scale_r - right
         for rows, log_p, _ in self._tiles(left, right):
             move = shift[0][..., rows, None].nan_to_num() + shift[1][..., None, :].nan_to_num()
@@ -300,6 +304,55 @@ class DiscreteCoupling(Coupling):
 
     def between(self, t: float) -> None:
         return None
+
+    @torch.no_grad()
+    def round(self) -> FeasiblePlan:
+        left, right = (log.double() for log in self._logs)
+        hard = math.isinf(self.problem.relax[0]), math.isinf(self.problem.relax[1])
+        a, b = (w.double() for w in self.target_marginals())
+        return feasible(self._kernel(), left, right, self.eps, (a, b), hard)
+
+    @torch.no_grad()
+    def top(self, k: int) -> tuple[Tensor, Tensor]:
+        values, index = self.top_logits(k)
+        return torch.exp(values + self._logs[0][..., None]), index
+
+    @torch.no_grad()
+    def top_logits(self, k: int) -> tuple[Tensor, Tensor]:
+        kernel, right = self._kernel(), self._logs[1]
+        best = [(right[..., None, :] - kernel.entries(rows) / self.eps).topk(k, -1) for rows in kernel.tiles()]
+        return torch.cat([part.values for part in best], -2), torch.cat([part.indices for part in best], -2)
+
+    @torch.no_grad()
+    def sparse(self, mass: float, most: int | None) -> SparsePlan:
+        kernel, (left, right) = self._kernel(), self._logs
+        lse = kernel.reduce(right, self.eps)[0]
+        begun, kept = [], torch.zeros((), dtype=torch.float64, device=left.device)
+        for rows, law in kernel.softmax_tiles(right, self.eps, lse):
+            order = law.sort(-1, descending=True)
+            before = order.values.cumsum(-1, dtype=torch.float64) - order.values
+            chosen = order.values > 0
+            if mass < 1:
+                chosen &= before < mass * law.sum(-1, keepdim=True, dtype=torch.float64)
+            if most is not None:
+                chosen[:, most:] = False
+            where = chosen.nonzero()
+            row = where[:, 0] + rows.start
+            value = order.values[chosen] * torch.exp(left + lse)[row]
+            kept += value.sum(dtype=torch.float64)
+            begun.append((row, order.indices[chosen], value))
+        row, column, value = (torch.cat(parts) for parts in zip(*begun, strict=True))
+        whole = torch.exp(left.double() + lse.double()).sum()
+        return SparsePlan(row, column, value, kernel.shape, float((whole - kept).clamp(min=0)))
+
+    @torch.no_grad()
+    def apply(self, v: Tensor, transpose: bool) -> Tensor:
+        kernel, (left, right) = self._kernel(), self._logs
+        here, there = (right, left) if transpose else (left, right)
+        kernel = kernel.T if transpose else kernel
+        lse = kernel.reduce(there, self.eps)[0]
+        parts = [law @ v for _, law in kernel.softmax_tiles(there, self.eps, lse)]
+        return torch.exp(here + lse)[..., None] * torch.cat(parts, -2)
 
 
 def _log_weights(weights: Tensor, potential: Tensor, eps: float) -> Tensor:

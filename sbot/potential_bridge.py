@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import linalg
-from .arrays import DTYPES, as_count, compute_dtype
+from .arrays import DTYPES, as_count, as_number, as_tensor, compute_dtype
 from .bridge import Bridge, DualPotential, Potentials, Report, in_result_dtype
 from .costs import MatrixCost
 from .coupling import Coupling, DiscreteCoupling, GaussianCoupling, SampledCoupling, damping
@@ -19,6 +19,10 @@ from .pack import pack
 from .potentials import Atoms, Potential, Tilted
 from .problem import Problem
 from .reference import LinearReference
+from .rounding import FeasiblePlan, SparsePlan, permutation
+
+#: Entries of each row among which a permutation is first looked for.
+NEAREST = 16
 
 
 @final
@@ -85,6 +89,77 @@ class PotentialBridge(Bridge):
     @in_result_dtype
     def gap(self) -> Tensor:
         return self.coupling.gap()
+
+    def round(self) -> FeasiblePlan:
+        """A plan with exactly the marginals of mu and nu, near this one: `FeasiblePlan`.
+
+        ``cost() <= OT_eps`` from the dual and ``OT_0 <= round().linear_cost()``, whatever the solver reached.  A relaxed
+        marginal is left as it is.  Raises `Unsupported` for marginals without atoms.
+        """
+        return self.coupling.round()
+
+    def sparse_plan(self, mass: float = 0.99, *, max_per_row: int | None = None) -> SparsePlan:
+        """The largest entries of each row that hold ``mass`` of it together, at most ``max_per_row``; streamed.
+
+        Raises `InvalidProblem` for a mass outside (0, 1], `Unsupported` for batches and for marginals without atoms.
+        """
+        share = as_number(mass, "mass")
+        if not 0 < share <= 1:
+            raise InvalidProblem(f"mass is {share:g}; give the share of each row to keep, in (0, 1]")
+        most = None if max_per_row is None else as_count(max_per_row, "max_per_row")
+        if self.problem.batch_shape:
+            raise Unsupported("a sparse plan of a batch has no shape; solve the problems one by one, or use top(k)")
+        return self.coupling.sparse(share, most)
+
+    @in_result_dtype
+    def top(self, k: int) -> tuple[Tensor, Tensor]:
+        """The ``k`` largest entries ``P_ij`` of each row and their columns j, each ``(*b, n, k)``; streamed.
+
+        Raises `InvalidProblem` for k below 1 or above m, `Unsupported` for marginals without atoms.
+        """
+        count = as_count(k, "k")
+        nu = self.problem.nu
+        if isinstance(nu, Discrete) and count > nu.n:
+            raise InvalidProblem(f"k is {count} and nu has {nu.n} atoms; give k <= {nu.n}")
+        return self.coupling.top(count)
+
+    def assignment(self) -> Tensor:
+        """An atom of nu for each atom of mu, ``(n,)``: for n = m a permutation of large likelihood under the plan.
+
+        ``max over permutations s of sum_i log P_{i, s(i)}`` among the 16 largest entries of each row, or twice as many until
+        they hold a permutation: memory is O(n k).  For n other than m it is the largest entry of each row.  Uses SciPy.
+        Raises `Unsupported` for batches, for marginals without atoms, and where forbidden pairs leave no permutation.
+        """
+        if self.problem.batch_shape:
+            raise Unsupported("assignments are made one problem at a time; solve the problems one by one")
+        best = self.coupling.top(1)[1][:, 0]
+        mu, nu = self.problem.mu, self.problem.nu
+        assert isinstance(mu, Discrete) and isinstance(nu, Discrete)
+        if mu.n != nu.n or len(set(best.tolist())) == len(best):
+            return best
+        k = min(NEAREST, mu.n)
+        while True:
+            found = permutation(*self.coupling.top_logits(k))
+            if found is not None:
+                return found.to(best)
+            if k == mu.n:
+                raise Unsupported("forbidden pairs leave no permutation; use plan() or top(k)")
+            k = min(2 * k, mu.n)
+
+    @in_result_dtype
+    def apply(self, v: Any, *, transpose: bool = False) -> Tensor:
+        """``P v`` for v ``(*b, m)`` or ``(*b, m, p)``; with ``transpose`` ``P' v`` for ``(*b, n)``.  Streamed, no gradient."""
+        p = self.problem
+        side = p.mu if transpose else p.nu
+        vector = as_tensor(v, "v", like=torch.empty((), dtype=p.dtype, device=p.device)).to(p.dtype)
+        size = side.n if isinstance(side, Discrete) else 0
+        flat = vector.ndim == len(p.batch_shape) + 1
+        columns = vector[..., None] if flat else vector
+        if tuple(columns.shape[:-1]) != (*p.batch_shape, size) and size:
+            want = (*p.batch_shape, size)
+            raise InvalidProblem(f"v has shape {tuple(vector.shape)}; give {want} or {(*want, 'p')}")
+        out = self.coupling.apply(columns, transpose)
+        return out[..., 0] if flat else out
 
     def potentials(self) -> Potentials:
         eps, (rho_mu, rho_nu) = self.problem.eps, self.problem.relax

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import linalg
 from .costs import Cost, TransitionCost
 from .errors import Unsupported
-from .kernels import LogKernel, make_kernel
+from .kernels import COPIES, LogKernel, make_kernel
 from .measures import Discrete, Measure, categorical
 
 
@@ -158,6 +158,7 @@ class TiltedAtoms(Tilted):
 
     def sample(self, *, generator: torch.Generator | None = None) -> Tensor:
         self._require_reach(self.log_mass)
+        self._kernel.copies = COPIES
         with torch.no_grad():
             draws = [
                 categorical(self._psi.log_weights[..., None, :] - self._kernel.entries(rows) / self._eps, 1, generator)

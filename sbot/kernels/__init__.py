@@ -9,13 +9,14 @@ from torch import Tensor
 
 from .. import linalg
 from ..costs import Cost, MatrixCost
-from .base import FLOOR, LogKernel, Pass
+from .base import COPIES, FLOOR, LogKernel, Pass
 from .conditionals import Conditionals
 from .dense import DenseKernel
 from .memory import require_memory
 from .tiled import TiledKernel
 
 __all__ = [
+    "COPIES",
     "FLOOR",
     "Conditionals",
     "DenseKernel",

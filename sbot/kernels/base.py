@@ -21,6 +21,8 @@ from .. import linalg
 #: Bytes of one tile: on a CPU small enough to stay in cache, on an accelerator large enough to fill it.
 TILE_BYTES = 2**23
 ACCELERATOR_TILE_BYTES = 2**27
+#: Arrays that a caller makes of each tile where it works in float64 and out of place.
+COPIES = 8
 LN2 = math.log(2)
 #: Exponents of two below which an entry of a row that sums to about one is nothing; denormal numbers are ten times slower.
 FLOOR = {torch.float64: -900.0, torch.float32: -90.0}
@@ -47,6 +49,8 @@ class LogKernel(ABC):
     device: torch.device
     #: bytes of one tile; None picks by device
     tile_bytes: int | None = None
+    #: how many arrays of its size a caller makes of each tile
+    copies: int = 1
 
     @property
     @abstractmethod
@@ -112,7 +116,7 @@ class LogKernel(ABC):
         """Row slices that cover the kernel."""
         n, m = self.shape
         batch = math.prod(self.batch_shape)
-        size = self.tile_bytes or (TILE_BYTES if self.device.type == "cpu" else ACCELERATOR_TILE_BYTES)
+        size = self.tile_bytes or (TILE_BYTES if self.device.type == "cpu" else ACCELERATOR_TILE_BYTES) // self.copies
         step = max(1, min(n, size // (batch * m * self.dtype.itemsize)))
         for start in range(0, n, step):
             yield slice(start, min(start + step, n))
