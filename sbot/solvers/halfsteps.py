@@ -21,6 +21,8 @@ from ..kernels import FLOOR, Conditionals, LogKernel
 
 #: after a look at the error: total iterations so far and the error; returns whether to stop
 Check = Callable[[int, float], bool]
+#: from the masses that columns lack and the half-step that would be taken, in units of eps: a better step
+Correct = Callable[[Tensor, Tensor], Tensor]
 
 #: Largest change of a potential, in units of eps, that a model which leaves small entries out is trusted with.
 TRUST = 8.0
@@ -40,7 +42,8 @@ class State:
 
     ``model`` is where the conditional laws are kept, None where iterations stream.  ``rows`` and ``columns`` are the masses
     of the plan, in float64; ``fresh`` says whether they are those of the present g, ``known``
-    whether the model is; ``roomless`` is the smallest eps at which there was no room for one.
+    whether the model is; ``roomless`` is the smallest eps at which there was no room for one.  ``correct`` improves a
+    half-step where iterations stream, see `cells.Correction`.
     """
 
     kernel: LogKernel
@@ -53,6 +56,7 @@ class State:
     iterations: int = 0
     passes: int = 0
     roomless: float = math.inf
+    correct: Correct | None = None
     f: Tensor = field(init=False)
     rows: Tensor = field(init=False)
     columns: Tensor = field(init=False)
@@ -133,14 +137,18 @@ class State:
 
         Half-steps move this direction by a factor ``rho / (rho + eps)`` at a time, which is hardly at all for small eps.
         """
+        shift = self.imbalance(self.g)
+        self.f, self.g = self.f + shift, self.g - shift
+
+    def imbalance(self, g: Tensor) -> Tensor:
+        """The constant that `translate` would move from ``g`` to f, ``(*b, 1)``; 0 where both sides are hard."""
         rho_a, rho_b = self.rho
         if math.isinf(rho_a) and math.isinf(rho_b):
-            return
+            return torch.zeros_like(g[..., :1])
         left = self.log_a - self.f / rho_a
-        right = self.log_b - self.g / rho_b
+        right = self.log_b - g / rho_b
         weight = 1 / ((0 if math.isinf(rho_a) else 1 / rho_a) + (0 if math.isinf(rho_b) else 1 / rho_b))
-        shift = weight * (left.logsumexp(-1) - right.logsumexp(-1))
-        self.f, self.g = self.f + shift[..., None], self.g - shift[..., None]
+        return weight * (left.logsumexp(-1, keepdim=True) - right.logsumexp(-1, keepdim=True))
 
     def dual(self) -> Tensor:
         """The dual objective up to a constant, ``(*b,)``, in float64."""
@@ -202,6 +210,10 @@ class Exact(Step):
             log_columns = columns.log()
         rest = torch.where(state.live[1], state.damp[1] * (goal.log() - log_columns), 0.0)
         here = state.g.double() / state.eps
+        if state.correct is not None and not sunk:
+            rest = state.correct(goal - columns, rest)
+        else:
+            rest = rest - state.imbalance((state.eps * (here + rest)).to(state.g)).double() / state.eps
         self._plain = max(0, self._plain - 1)
         if sunk or self._plain:
             self._past = []
@@ -215,7 +227,6 @@ class Exact(Step):
             # the error does not see a constant, which would grow until it costs digits
             step = step - ((goal * step).sum(-1) / goal.sum(-1))[..., None]
         state.move(step)
-        state.translate()
         state.iterations += 1
         return False
 

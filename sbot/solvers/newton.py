@@ -43,7 +43,7 @@ class Newton(Step):
 
     def advance(self, state: State, most: int, check: Check) -> bool:
         g, errors, value = state.g, state.errors(), state.dual()
-        z, used = self._solve(state, errors, min(self.inner, most))
+        z, used = self.direction(state, state.goal() - state.columns, errors, min(self.inner, most))
         state.iterations += used
         share = (self.trust / z.abs().amax(-1, keepdim=True).clamp(min=self.trust)).clamp(max=1.0)
         for _ in range(self.cuts):
@@ -60,12 +60,11 @@ class Newton(Step):
         state.move(torch.where(gained[..., None], share, 0.0) * z)
         return False
 
-    def _solve(self, state: State, errors: Tensor, most: int) -> tuple[Tensor, int]:
-        """``S z = b~ - c`` by preconditioned conjugate gradients, and how many it took."""
+    def direction(self, state: State, rest: Tensor, errors: Tensor, most: int) -> tuple[Tensor, int]:
+        """``S z = rest`` by preconditioned conjugate gradients, to a residual that ``errors`` says, and how many it took."""
         model, r, goal = state.model, state.rows, state.goal()
         assert model is not None
         lam = state.damp[0]
-        rest = goal - state.columns
         # with the sums of the model itself S stays positive semi-definite whatever the model leaves out
         sums = model.times(torch.ones_like(goal))
         inner = lam * r / sums.clamp(min=torch.finfo(sums.dtype).tiny)

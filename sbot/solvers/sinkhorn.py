@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from ..potential_bridge import PotentialBridge
 from ..potentials import Atoms
 from ..problem import Problem
 from .base import Progress, Solver, reporting
+from .cells import Correction, coarsened
 from .halfsteps import TRUST, Exact, HalfSteps, State, Step
 from .newton import Newton
 from .schedule import Schedule
@@ -106,7 +107,8 @@ class Sinkhorn(Solver):
         start = time.perf_counter()
         with torch.no_grad(), reporting(progress, "Sinkhorn") as report:
             coarse = self._coarse(problem) if init is None else None
-            state, stages, goal = self._prepare(problem, init if coarse is None else coarse)
+            state, stages, goal = self._prepare(problem, init if coarse is None else coarse.bridge)
+            state.correct = None if coarse is None else coarse.correction
             history: list[tuple[int, float, float]] = []
             reason, counts = "max_iter", dict.fromkeys((Exact.name, HalfSteps.name, Newton.name), 0)
             for k, (eps, tolerance) in enumerate(stages):
@@ -142,17 +144,28 @@ class Sinkhorn(Solver):
 
     # ---- the parts -------------------------------------------------------------------------------------------------
 
-    def _coarse(self, problem: Problem) -> Bridge | None:
-        """Where passes over all pairs are dear: a solution between a few of the atoms, which is near and nearly free."""
+    def _coarse(self, problem: Problem) -> _Coarse | None:
+        """Where passes over all pairs are dear: a solution between cells of atoms or a few of them, near and nearly free."""
         mu, nu = problem.mu, problem.nu
         assert isinstance(mu, Discrete) and isinstance(nu, Discrete)
         small = max(mu.n, nu.n) < 2 * COARSEST or 4 * mu.n * nu.n <= self.memory
         if small or self.anneal is None or problem.batch_shape or isinstance(problem.cost, MatrixCost):
             return None
-        parts = replace(problem, mu=_thinned(mu), nu=_thinned(nu), notes=())
+        inner = replace(self, memory=self.memory // 2)
+        # a model of the plan between cells, of four bytes an entry, in a fourth of the memory
+        found = coarsened(problem, math.isqrt(self.memory) // 4)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return replace(self, tol=max(self.tol or 0.0, COARSE)).solve(parts)
+            if found is None:
+                parts = replace(problem, mu=_thinned(mu), nu=_thinned(nu), notes=())
+                return _Coarse(replace(self, tol=max(self.tol or 0.0, COARSE)).solve(parts), None)
+            parts, cells = found
+            bridge = inner.solve(parts)
+            state, stages, _ = inner._prepare(parts, bridge)
+        state.eps = stages[-1][0]
+        state.settle()
+        across = make_kernel(problem.cost, parts.sites[0], problem.sites[1].detach()).T
+        return _Coarse(bridge, Correction(state, cells, across) if state.known else None)
 
     def _prepare(self, problem: Problem, init: Bridge | None) -> tuple[State, list[tuple[float, float]], _Goal]:
         mu, nu, eps = problem.mu, problem.nu, problem.eps
@@ -269,12 +282,21 @@ def _thinned(measure: Discrete) -> Discrete:
     return Discrete(measure.points.detach()[picked], share.to(measure.weights))
 
 
-def _started(coarse: Bridge | None) -> tuple[str, ...]:
+class _Coarse(NamedTuple):
+    """A solution of a smaller problem, and what it knows of the slow directions."""
+
+    bridge: Bridge
+    correction: Correction | None
+
+
+def _started(coarse: _Coarse | None) -> tuple[str, ...]:
     if coarse is None:
         return ()
-    mu, nu = coarse.problem.mu, coarse.problem.nu
+    mu, nu = coarse.bridge.problem.mu, coarse.bridge.problem.nu
     assert isinstance(mu, Discrete) and isinstance(nu, Discrete)
-    return (f"started from a solution between {mu.n} and {nu.n} of the atoms",)
+    if coarse.correction is None:
+        return (f"started from a solution between {mu.n} and {nu.n} of the atoms",)
+    return (f"started from a solution between {mu.n} and {nu.n} cells of atoms, whose Newton steps correct the passes",)
 
 
 def _account(counts: dict[str, int], state: State) -> str:
