@@ -35,7 +35,7 @@ class Cells(NamedTuple):
 
 
 def halved(points: Tensor, levels: int) -> Tensor:
-    """The cell of each of ``(n, d)`` points, ``(n,)``: ``2^levels`` cells of equal counts, each halved across its longest side."""
+    """The cell of each of ``(n, d)`` points, ``(n,)``: ``2^levels`` of equal counts, made by halving the longest side."""
     n, device = len(points), points.device
     size = -(-n // 2**levels)
     # a few atoms come twice so that all halves are equal; the later cell has them
@@ -106,7 +106,7 @@ class Correction:
     kernel: LogKernel
 
     def __call__(self, rest: Tensor, step: Tensor) -> Tensor:
-        """The step ``(m,)``, in units of eps, for the masses that are missing, ``(m,)``, and the half-step that would be taken."""
+        """The step ``(m,)``, in units of eps, given the masses that are missing and the half-step that would be taken."""
         state, newton = self.state, Newton()
         assert state.model is not None
         missing = torch.zeros_like(state.columns).index_add_(0, self.cells, rest)
@@ -116,4 +116,3 @@ class Correction:
         _, smooth = self.kernel.reduce(state.log_a + state.f / state.eps, state.eps, moved[:, None])
         assert smooth is not None
         return step + state.damp[0] * state.damp[1] * smooth[:, 0].double()
-
