@@ -1,8 +1,8 @@
 """The libraries on one problem: each in its own units and array type, its answer in ours.
 
-The cost is ``|x - y|^2 / 2`` and eps multiplies ``KL(P | a b)``.  POT and mdot-tnt regularise by the entropy, which changes the
-potentials by ``eps log a`` and ``eps log b`` and not the plan.  GeomLoss has ``blur = sqrt(eps)``; mdot-tnt wants a cost in [0, 1]
-and the inverse of eps on that scale.  Whoever takes a cost matrix gets it for nothing.
+The cost is ``|x - y|^2 / 2`` and eps multiplies ``KL(P | a b)``.  POT, OTT-JAX and mdot-tnt regularise by the entropy, which
+changes the potentials by ``eps log a`` and ``eps log b`` and not the plan.  GeomLoss has ``blur = sqrt(eps)``; mdot-tnt wants a
+cost in [0, 1] and the inverse of eps on that scale.  Whoever takes a cost matrix gets it for nothing.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 from pathlib import Path
 
@@ -20,10 +21,8 @@ def peak() -> int:
 
 def forget_peak() -> None:
     """Start the peak anew at what is resident now, where the system can."""
-    try:
+    with contextlib.suppress(OSError):
         CLEAR.write_text("5", encoding="ascii")
-    except OSError:
-        pass
 
 
 def _status(key: str) -> int:

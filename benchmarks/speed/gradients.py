@@ -78,7 +78,9 @@ VALUES: dict[str, Callable[[Task, float], Value]] = {
 def inputs(task: Task, contender: str) -> list[Tensor]:
     """What is differentiated."""
     weights = [torch.from_numpy(task.a), torch.from_numpy(task.b)]
-    points = [torch.from_numpy(task.cost)] if "matrix" in contender else [torch.from_numpy(task.x), torch.from_numpy(task.y)]
+    points = (
+        [torch.from_numpy(task.cost)] if "matrix" in contender else [torch.from_numpy(task.x), torch.from_numpy(task.y)]
+    )
     return [*points, *weights]
 
 

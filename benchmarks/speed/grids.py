@@ -84,7 +84,9 @@ def gradients(options: Options) -> list[Job]:
             if n <= 1000 or name.startswith("sbot"):
                 jobs.append({**base, "kind": "gradient", "n": n, "contender": name, "tol": 1e-6})
     # the same with many more iterations: what they cost in memory
-    jobs += [{**base, "kind": "gradient", "n": sizes[0], "contender": name, "tol": 1e-10, "ratio": 0.01} for name in VALUES]
+    jobs += [
+        {**base, "kind": "gradient", "n": sizes[0], "contender": name, "tol": 1e-10, "ratio": 0.01} for name in VALUES
+    ]
     ours = [name for name in VALUES if name.startswith("sbot")]
     return jobs + [{**base, "kind": "check", "n": 40, "contender": name, "tol": 1e-13, "ratio": 0.1} for name in ours]
 
