@@ -59,6 +59,7 @@ def parts(only: str) -> list[str]:
     "--limit-seconds", default=100.0, show_default=True, help="For one solve; it is killed when they are over."
 )
 @click.option("--factor", default=12.0, show_default=True, help="A rival is stopped at this many times sbot's time.")
+@click.option("--repeat-below", default=10.0, show_default=True, help="Seconds above which a solve is timed once.")
 @click.option("--minutes", default=float("inf"), help="No new solve is started after so many; run again to go on.")
 @click.option("--fresh", is_flag=True, help="Forget the results of these parts; else what is there is not run again.")
 @click.option("--million", is_flag=True, help="A million points on each side, sbot alone (long).")
@@ -80,6 +81,7 @@ def speed(
     sizes: str,
     limit_seconds: float,
     factor: float,
+    repeat_below: float,
     minutes: float,
     fresh: bool,
     million: bool,
@@ -95,16 +97,22 @@ def speed(
     until = time.monotonic() + 60 * minutes
     out.mkdir(parents=True, exist_ok=True)
     options = Options(seed, quick, data, million, float32_rivals, tuple(int(n) for n in sizes.split(",") if n))
-    limits = Limits(limit_seconds, factor)
+    limits = Limits(limit_seconds, factor, repeated=repeat_below)
     if quick:
-        limits = Limits(min(limit_seconds, 3.0), factor, 0.5)
+        limits = Limits(min(limit_seconds, 3.0), factor, 0.5, 0.2)
     # quick numbers mean nothing and never mix with others
     records = Records(out / ("speed_quick.jsonl" if quick else "speed.jsonl"))
     if fresh:
         for name in names:
             records.forget(name)
     key = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%S")
-    settings = {"seed": seed, "limit, s": limits.seconds, "factor": limits.factor, "quick": quick}
+    settings = {
+        "seed": seed,
+        "limit, s": limits.seconds,
+        "factor": limits.factor,
+        "timed once above, s": repeat_below,
+        "quick": quick,
+    }
     jobs = [job for name in names for job in PARTS[name](options)]
     if any(records.find(job) is None for job in jobs):
         records.add({"run": key, "environment": environment(threads, settings)})

@@ -11,13 +11,13 @@ from .records import Records, Row
 
 MIB = 2**20
 HOW = """\
-Every plan is judged by its own sums in float64: *error* is the relative L1 error of both marginals, summed. A library is asked
-for what brings it just under the tolerance: sbot, POT and OTT-JAX through their own tolerance, corrected by what was found;
-GeomLoss, which has none, by `scaling` 0.5, 0.7, 0.9, 0.95, 0.99 in turn; mdot-tnt by the exponent `p` of its stopping rule ("as it
-comes": the default). sbot is timed through `solve_bridge` on points, everything included; whoever takes a cost matrix gets it for
-nothing. Times are medians of at least five solves after a first one; a solve of more than 10 s is timed once. OTT-JAX is compiled
-beforehand. POT's `sinkhorn_log` runs on tensors of torch, where it is several times faster than on arrays. Processes are tied to
-as many cores as there are threads.
+Every plan is judged by its own sums in float64: *error* is the relative L1 error of both marginals, summed. A library is
+asked for what brings it just under the tolerance: sbot, POT and OTT-JAX through their own tolerance, corrected by what was
+found; GeomLoss, which has none, by `scaling` 0.5, 0.7, 0.9, 0.95, 0.99 in turn; mdot-tnt by the exponent `p` of its stopping
+rule ("as it comes": the default). sbot is timed through `solve_bridge` on points, everything included; whoever takes a cost
+matrix gets it for nothing. Times are medians of at least five solves after a first one; a solve longer than the settings
+say is timed once. OTT-JAX is compiled beforehand. POT's `sinkhorn_log` runs on tensors of torch, where it is several times faster than on
+arrays. Processes are tied to as many cores as there are threads.
 
 A rival is stopped when it has taken many times as long as sbot ("> t": it took more than t seconds); on a harder problem of the
 same cloud it is then not run where that time would be a defeat there too ("> t*"). "fails": not numbers, or an error message.
@@ -173,8 +173,8 @@ def gradients(records: Records) -> str:
     head += ["peak of the value, MiB", "peak with gradients, MiB", "ratio"]
     text = (
         "## Gradients\n\nfloat64, d = 2: the value alone, without a graph, against the value and its gradients in all "
-        "inputs. Goals: 1.3 times the time, 1.5 times the memory. Peaks are above the inputs, of the first solve in a process; the "
-        "second tolerance takes many more iterations, and memory should not know."
+        "inputs. Goals: 1.3 times the time, 1.5 times the memory. Peaks are above the inputs, of the first solve in a process; "
+        "the second tolerance takes many more iterations, and memory should not know."
     )
     checks = []
     for row in records.of("gradients", kind="check"):

@@ -22,11 +22,15 @@ STOPPED = "beyond the limit"
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds a solve may take: all of them, and a rival in multiples of what sbot took, but not less than ``least``."""
+    """Seconds a solve may take: all of them, and a rival in multiples of what sbot took, but not less than ``least``.
+
+    A solve of more than ``repeated`` is timed once.
+    """
 
     seconds: float = 100.0
     factor: float = 12.0
     least: float = 3.0
+    repeated: float = 10.0
 
     def of(self, job: Job, ours: Row | None) -> float:
         """The limit of one job; sbot's large problems have none to speak of."""
@@ -70,7 +74,8 @@ def _one(job: Job, records: Records, pool: Pool, limits: Limits, data: str | Non
     known = beaten(job, records, limits, ours)
     if known is not None:
         return known
-    return pool.run({**job, "data": data} if data else job, library, limit, job["kind"] in FRESH)
+    asked = {**job, "repeated": limits.repeated, "data": data}
+    return pool.run(asked, library, limit, job["kind"] in FRESH)
 
 
 def beaten(job: Job, records: Records, limits: Limits, ours: Row | None) -> Row | None:

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 def main(threads: int) -> None:
     if hasattr(os, "sched_setaffinity"):  # what holds for every library, whatever its own setting is called
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-threads:])
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # libraries print
     import torch
@@ -40,7 +40,7 @@ def serve(job: dict[str, Any], out: TextIO) -> None:
 def run(job: dict[str, Any], tell: Any) -> dict[str, Any]:
     """Dispatch on the kind of job."""
     from . import contenders, gradients, large, memory
-    from .measure import measure
+    from .measure import REPEATED, measure
     from .tasks import make
 
     kind = job["kind"]
@@ -49,7 +49,7 @@ def run(job: dict[str, Any], tell: Any) -> dict[str, Any]:
         return others[kind](job, tell)
     table = contenders.BATCH if kind == "batch" else contenders.SINGLE
     task = make(job)
-    return measure(task, table[job["contender"]](task, job["tol"]), job["tol"], tell)
+    return measure(task, table[job["contender"]](task, job["tol"]), job["tol"], tell, job.get("repeated", REPEATED))
 
 
 if __name__ == "__main__":
