@@ -102,3 +102,75 @@ def apart(records: Records) -> list[list[str]]:
                 gap = row["linear_cost"] / ours["linear_cost"] - 1
                 out.append([*place(ours), ours["dtype"], row["contender"], f"{gap:+.1e}"])
     return out
+
+
+# ---- targets 2 to 4 --------------------------------------------------------------------------------------------------
+
+
+def others(records: Records) -> list[list[str]]:
+    """What is missed or not shown by large problems, batches and gradients: part, cell, what."""
+    return [*_large(records), *_batch(records), *_gradients(records)]
+
+
+def _ahead(records: Records, row: Row, wanted: dict[str, float]) -> list[str]:
+    """Rivals of a row that are not as many times slower as wanted; the longest beginning of the name counts."""
+    out = []
+    for rival in records.of(row["part"], kind=row["kind"]):
+        same = all(rival.get(name) == row.get(name) for name in ("n", "d", "batch", "ratio", "dtype", "tol", "seed"))
+        times = next((value for name, value in wanted.items() if rival["contender"].startswith(name)), None)
+        if not same or times is None or rival is row:
+            continue
+        found = best([rival])
+        if found.seconds is not None and found.seconds < times * row["seconds"]:
+            verb = "" if found.exact else "not shown, since it was stopped: "
+            out.append(f"{verb}{found.over(row['seconds'])}, {times:g} wanted")
+    return out
+
+
+def _large(records: Records) -> list[list[str]]:
+    out = []
+    for row in records.of("large", contender="sbot"):
+        cell = f"n = {row['n']}"
+        if row["status"] != "reached":
+            out.append(["large", cell, f"sbot: {row['status']}"])
+        elif row["n"] == 100_000:
+            if row["peak_above_inputs"] >= 1e9:
+                out.append(["large", cell, f"peak {row['peak_above_inputs'] / 1e9:.2f} GB above the inputs, 1 wanted"])
+            rivals = {"GeomLoss online": 5.0, "GeomLoss multiscale": 1.0}
+            out += [["large", cell, what] for what in _ahead(records, row, rivals)]
+    return out
+
+
+def _batch(records: Records) -> list[list[str]]:
+    out = []
+    for row in records.of("batch", kind="batch", contender="sbot"):
+        cell = f"{row['batch']} x {row['n']}"
+        if row["status"] != "reached":
+            out.append(["batch", cell, f"sbot: {row['status']}"])
+        else:
+            rivals = {"POT loop": 10.0, "POT solve_batch": 1.0, "OTT": 1.0}
+            out += [["batch", cell, what] for what in _ahead(records, row, rivals)]
+    return out
+
+
+def _gradients(records: Records) -> list[list[str]]:
+    out = []
+    for row in records.of("gradients"):
+        name = row["contender"]
+        if not name.startswith("sbot"):
+            continue
+        cell = f"{name}, n = {row['n']}, eps {row['ratio']:g}"
+        errors = [
+            row[key] for key in ("error_x", "error_y", "error_cost", "error_a", "error_b") if row.get(key) is not None
+        ]
+        if row["status"] != "reached":
+            out.append(["gradients", cell, f"{row['status']}: {row.get('note', '')}"])
+        elif row["kind"] == "check":
+            out += [["gradients", cell, f"error {max(errors):.1e}, 1e-6 wanted"]] if max(errors) > 1e-6 else []
+        else:
+            pairs = (("time", "seconds", 1.3), ("memory", "peak", 1.5))
+            for what, key, most in pairs:
+                ratio = row[key] / max(row[f"{key}_value"], 1e-9)
+                if ratio > most:
+                    out.append(["gradients", cell, f"{ratio:.2f} x the {what} of the value, {most:g} wanted"])
+    return out

@@ -68,7 +68,7 @@ class Try:
 
 
 def measure(task: Task, solve: Solve, tol: float, tell: Tell, repeated: float = REPEATED) -> dict[str, Any]:
-    """Median seconds of the quickest setting found whose plan has a marginal error of at most ``tol``."""
+    """Median seconds of the loosest setting found whose plan has a marginal error of at most ``tol``."""
     best: Try | None = None
     knob: float | None = solve.first
     tried: list[dict[str, float]] = []
@@ -76,7 +76,7 @@ def measure(task: Task, solve: Solve, tol: float, tell: Tell, repeated: float = 
         assert knob is not None
         this = _once(task, solve, knob, tell)
         error = this.verdict.error
-        tried.append({"knob": knob, "seconds": this.seconds, "error": error})
+        tried.append({"knob": knob, "seconds": this.seconds, "error": error, "linear_cost": this.verdict.linear_cost})
         tell({"event": "tried", "tried": tried})
         good = error <= SLACK * tol
         if best is None or _rank(this, tol) < _rank(best, tol):
@@ -103,10 +103,10 @@ def measure(task: Task, solve: Solve, tol: float, tell: Tell, repeated: float = 
 
 
 def _rank(this: Try, tol: float) -> tuple[bool, float]:
-    """Good ones first, by time; else by error."""
+    """Good ones first, the least exact of them best: one solve of a small problem does not tell times apart."""
     error = this.verdict.error
     if error <= SLACK * tol:
-        return False, this.seconds
+        return False, -error
     return True, error if math.isfinite(error) else math.inf
 
 

@@ -15,9 +15,9 @@ Every plan is judged by its own sums in float64: *error* is the relative L1 erro
 asked for what brings it just under the tolerance: sbot, POT and OTT-JAX through their own tolerance, corrected by what was
 found; GeomLoss, which has none, by `scaling` 0.5, 0.7, 0.9, 0.95, 0.99 in turn; mdot-tnt by the exponent `p` of its stopping
 rule ("as it comes": the default). sbot is timed through `solve_bridge` on points, everything included; whoever takes a cost
-matrix gets it for nothing. Times are medians of at least five solves after a first one; a solve longer than the settings
-say is timed once. OTT-JAX is compiled beforehand. POT's `sinkhorn_log` runs on tensors of torch, where it is several times faster than on
-arrays. Processes are tied to as many cores as there are threads.
+matrix gets it for nothing. Times are medians of at least five solves after a first one; a solve longer than the settings say
+is timed once. OTT-JAX is compiled beforehand. POT's `sinkhorn_log` runs on tensors of torch, where it is several times faster
+than on arrays. Processes are tied to as many cores as there are threads.
 
 A rival is stopped when it has taken many times as long as sbot ("> t": it took more than t seconds); on a harder problem of the
 same cloud it is then not run where that time would be a defeat there too ("> t*"). "fails": not numbers, or an error message.
@@ -30,6 +30,10 @@ def page(records: Records, pictures: Sequence[str], quick: bool) -> str:
     parts += [f"Run {name}: {report.preamble(env, env['settings'])}" for name, env in records.runs.items() if env]
     parts += ["*A quick run: small sizes, to see that it works; no number here means anything.*"] if quick else []
     parts.append(HOW)
+    rest = goals.others(records)
+    if rest:
+        parts += ["Goals missed or not shown, but for those of single problems (below):"]
+        parts.append(report.table(["part", "cell", "missed"], rest))
     for part, section in SECTIONS.items():
         if records.of(part):
             parts.append(section(records))

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from .measure import SLACK
+
 ROOT = Path(__file__).resolve().parents[2]
 #: Seconds for imports, compilation, making the problem and judging the plan: whatever is not timed.
 SETUP = 300.0
@@ -42,7 +44,7 @@ class Worker:
                 self.stop()
                 if not clock:
                     return {"status": "failed", "note": f"not ready after {SETUP:.0f} s", **last}
-                return {"status": "beyond the limit", "limit": limit, **last}
+                return _cut(last, job["tol"], limit)
             if line is None:
                 self.stop()
                 return {"status": "failed", "note": "the process died (memory?)", **last}
@@ -85,6 +87,14 @@ def _read(child: subprocess.Popen[str], lines: queue.Queue[str | None]) -> None:
         for line in child.stdout:
             lines.put(line)
     lines.put(None)
+
+
+def _cut(last: dict[str, Any], tol: float, limit: float) -> dict[str, Any]:
+    """What is left of a job that was killed: an earlier setting that was exact enough, timed once, or nothing."""
+    good = [step for step in last.get("tried", ()) if step["error"] <= SLACK * tol]
+    if not good:
+        return {"status": "beyond the limit", "limit": limit, **last}
+    return {"status": "reached", **max(good, key=lambda step: step["error"]), "repeats": 1, **last}
 
 
 class Pool:

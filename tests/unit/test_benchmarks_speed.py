@@ -17,7 +17,7 @@ from scipy.special import logsumexp
 from benchmarks.__main__ import main
 from benchmarks.speed import contenders, figures, goals, gradients, grids, large, page, runner
 from benchmarks.speed.measure import Solve, ladder, measure, scaled
-from benchmarks.speed.pool import Worker
+from benchmarks.speed.pool import Worker, _cut
 from benchmarks.speed.records import Records
 from benchmarks.speed.tasks import Answer, Task, judge, make, mean_cost
 
@@ -220,6 +220,13 @@ def test_a_child_is_killed_at_the_limit_and_another_takes_over():
         worker.stop()
 
 
+def test_what_was_reached_before_a_kill_counts():
+    steps = [{"knob": 1.0, "seconds": 2.0, "error": 1e-7}, {"knob": 5.0, "seconds": 1.5, "error": 5e-7}]
+    kept = _cut({"tried": steps}, 1e-6, 3.0)
+    assert (kept["status"], kept["seconds"], kept["repeats"]) == ("reached", 1.5, 1)
+    assert _cut({"tried": steps}, 1e-8, 3.0)["status"] == "beyond the limit"
+
+
 def row(**more):
     outcome = {"status": "reached", "seconds": 1.0, "error": 1e-6, "linear_cost": 2.0, "run": "r"}
     return {**JOB, "tol": 1e-6, "n": 500, **outcome, **more}
@@ -297,6 +304,28 @@ def test_missed_goals_of_precision_and_of_another_plan(tmp_path):
     assert [line[-2:] for line in goals.apart(records)] == [["OTT", "+1.0e-01"]]
     records.add(row(status="not reached", error=1e-3))
     assert "sbot: not reached" in goals.missed(records)[0][-1]
+
+
+def test_missed_goals_of_the_other_parts(tmp_path):
+    records = Records(tmp_path / "rows.jsonl")
+    big = {"part": "large", "kind": "large", "n": 100_000, "tol": 1e-3, "dtype": "float32"}
+    records.add(row(**big, peak_above_inputs=2e9))
+    records.add(row(**big, contender="GeomLoss online", seconds=4.0))
+    records.add(stopped(6.0, **big, contender="GeomLoss multiscale"))
+    many = {"part": "batch", "kind": "batch", "batch": 256, "n": 64}
+    records.add(row(**many))
+    records.add(row(**many, contender="POT loop sinkhorn", seconds=9.0))
+    records.add(row(**many, contender="POT solve_batch", seconds=2.0))
+    slope = {"part": "gradients", "kind": "gradient", "peak_value": 100.0}
+    records.add(row(**slope, contender="sbot points", seconds_value=1.0, seconds=1.2, peak=160.0))
+    records.add(row(**{**slope, "kind": "check"}, contender="sbot points", error_x=1e-9, error_a=2e-6))
+    assert [line[-1] for line in goals.others(records)] == [
+        "peak 2.00 GB above the inputs, 1 wanted",
+        "4 (GeomLoss online), 5 wanted",
+        "9 (POT loop sinkhorn), 10 wanted",
+        "1.60 x the memory of the value, 1.5 wanted",
+        "error 2.0e-06, 1e-6 wanted",
+    ]
 
 
 def test_page_and_pictures_from_rows(tmp_path):
