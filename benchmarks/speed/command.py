@@ -99,7 +99,7 @@ def speed(
     options = Options(seed, quick, data, million, float32_rivals, tuple(int(n) for n in sizes.split(",") if n))
     limits = Limits(limit_seconds, factor, repeated=repeat_below)
     if quick:
-        limits = Limits(min(limit_seconds, 3.0), factor, 0.5, 0.2)
+        limits = Limits(min(limit_seconds, 20.0), factor, 0.5, 0.2)
     # quick numbers mean nothing and never mix with others
     records = Records(out / ("speed_quick.jsonl" if quick else "speed.jsonl"))
     if fresh:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
 import traceback
 import warnings
@@ -13,6 +14,7 @@ from typing import Any, TextIO
 def main(threads: int) -> None:
     if hasattr(os, "sched_setaffinity"):  # what holds for every library, whatever its own setting is called
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-threads:])
+    _hold_back()
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # libraries print
     import torch
@@ -21,6 +23,14 @@ def main(threads: int) -> None:
     warnings.simplefilter("ignore")
     for line in sys.stdin:
         serve(json.loads(line), out)
+
+
+def _hold_back() -> None:
+    """Three fourths of the memory at most: a solver that needs more fails by itself, and nothing else is killed for it."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    wanted = 3 * total // 4
+    resource.setrlimit(resource.RLIMIT_AS, (wanted if hard < 0 else min(wanted, hard), hard))
 
 
 def serve(job: dict[str, Any], out: TextIO) -> None:
