@@ -242,6 +242,8 @@ def test_rivals_have_a_multiple_of_our_time_and_are_not_run_when_beaten(tmp_path
     assert limits.of(rival, row(seconds=2.0)) == 24.0
     assert limits.of(rival, row(seconds=0.01)) == 3.0
     assert limits.of(rival, row(seconds=50.0)) == 100.0
+    online = row(kind="large", contender="GeomLoss online")
+    assert limits.of(online, row(seconds=60.0)) == 330.0
     assert limits.of(rival, None) == 100.0 == limits.of(row(), row(seconds=0.01))
     records = Records(tmp_path / "rows.jsonl")
     records.add(stopped(12.0, contender="OTT", ratio=1e-1))
