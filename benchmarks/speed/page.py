@@ -128,8 +128,8 @@ def large(records: Records) -> str:
     head = ["n = m", "contender", "seconds", "over sbot", "error", "peak above the inputs, MiB"]
     text = (
         "## Large problems, streamed\n\nd = 3, eps = 0.05 mean cost, float32, to a marginal error of 1e-3. GeomLoss is stopped "
-        "at 5.5 times sbot's time (`online`) or twice (`multiscale`). Goals at 100,000: under 1 GB, five times faster than GeomLoss `online` and faster than its "
-        "`multiscale`. The grey line of the picture grows as n^2."
+        "at 5.5 times sbot's time (`online`) or twice (`multiscale`). Goals at 100,000: under 1 GB, "
+        "five times faster than GeomLoss `online` and faster than its `multiscale`. The grey line of the picture grows as n^2."
     )
     return f"{text}\n\n{report.table(head, body)}"
 
