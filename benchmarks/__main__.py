@@ -11,9 +11,9 @@ import torch
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from . import large as large_problem
 from . import report, run
 from .continuous.command import continuous
+from .speed.command import speed
 
 RESULTS = Path(__file__).parent / "results"
 out_option = click.option(
@@ -60,25 +60,8 @@ def pot(quick: bool, seed: int, threads: int, out: Path) -> None:
     click.echo(f"{len(rows)} problems; wrote pot.csv, pot.json, pot.md and pot.png to {out}")
 
 
-@main.command()
-@click.option("--n", default=50_000, show_default=True, help="Points on each side.")
-@click.option("--ratio", default=0.05, show_default=True, help="eps over the mean cost.")
-@click.option("--seed", default=0, show_default=True)
-@click.option("--threads", default=2, show_default=True)
-@out_option
-def large(n: int, ratio: float, seed: int, threads: int, out: Path) -> None:
-    """One streamed problem in dimension 3, float32: seconds, and memory above the inputs (some minutes)."""
-    out.mkdir(parents=True, exist_ok=True)
-    with threads_for_all(threads):
-        env = report.environment()
-    result = large_problem.measure(n, 3, ratio, seed, threads)
-    report.write_json(out / "large.json", {"environment": env, "seed": seed, "result": result})
-    page = large_problem.page(result, report.preamble(env, {"seed": seed}))
-    (out / "large.md").write_text(page, encoding="utf-8")
-    click.echo(page)
-
-
 main.add_command(continuous)
+main.add_command(speed)
 
 
 if __name__ == "__main__":

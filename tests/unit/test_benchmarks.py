@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import contenders, large, problems, report, run
+from benchmarks import contenders, problems, report, run
 from benchmarks.__main__ import main
 
 GRID = [
@@ -174,15 +174,3 @@ def test_the_report_names_who_is_wrong():
     loud = report.pot_page([row, wrong], [time], env, {})
     assert "float64: 1 of the 2 cells" in loud
     assert "| 2.0e-08 | 1.0e-13 | 3.0e-08 | sinkhorn_log |" in loud
-
-
-def test_large_measures_a_child(tmp_path):
-    done = CliRunner().invoke(main, ["large", "--n", "1500", "--out", str(tmp_path)], catch_exceptions=False)
-    assert done.exit_code == 0
-    result = json.loads((tmp_path / "large.json").read_text(encoding="utf-8"))["result"]
-    assert result["converged"]
-    assert result["error"] <= 2 * large.TOLERANCE
-    assert result["resident_before_mib"] <= result["peak_mib"]
-    # stored: the matrix and the absorbed kernel are seen by the measurement
-    assert result["peak_above_inputs_mib"] > result["dense_matrix_mib"]
-    assert "marginal error" in (tmp_path / "large.md").read_text(encoding="utf-8")

@@ -1,0 +1,122 @@
+"""``python -m benchmarks speed``."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .. import report
+from . import figures, page
+from .grids import PARTS, Options
+from .records import Records
+from .runner import Limits, run
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+RIVALS = ("ott-jax", "jax", "geomloss", "pykeops", "mdot-tnt")
+
+
+def environment(threads: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """Machine and versions, of the rivals too."""
+    env = report.environment() | {"threads": threads, "settings": settings}
+    for name in RIVALS:
+        try:
+            env["versions"][name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            env["versions"][name] = "not installed"
+    return env
+
+
+def write(records: Records, out: Path, quick: bool) -> list[str]:
+    """The page and its pictures, from all rows that there are."""
+    pictures = {"accuracy": figures.accuracy(records), "large": figures.large(records)}
+    names = []
+    for name, figure in pictures.items():
+        if figure is not None:
+            names.append(f"speed_{name}.png")
+            figure.savefig(out / names[-1], dpi=110)
+    (out / "speed.md").write_text(page.page(records, names, quick), encoding="utf-8")
+    return ["speed.md", *names]
+
+
+def parts(only: str) -> list[str]:
+    """The parts asked for."""
+    names = [name for name in only.split(",") if name] or list(PARTS)
+    for name in names:
+        if name not in PARTS:
+            raise click.BadParameter(f"{name!r} is none of {', '.join(PARTS)}", param_hint="--only")
+    return names
+
+
+@click.command()
+@click.option("--only", default="", metavar="PARTS", help=f"Some of {','.join(PARTS)}; all when not given.")
+@click.option("--sizes", default="", metavar="N,N", help="Only these n of the accuracy part.")
+@click.option(
+    "--limit-seconds", default=100.0, show_default=True, help="For one solve; it is killed when they are over."
+)
+@click.option("--factor", default=12.0, show_default=True, help="A rival is stopped at this many times sbot's time.")
+@click.option("--repeat-below", default=10.0, show_default=True, help="Seconds above which a solve is timed once.")
+@click.option("--minutes", default=float("inf"), help="No new solve is started after so many; run again to go on.")
+@click.option("--fresh", is_flag=True, help="Forget the results of these parts; else what is there is not run again.")
+@click.option("--million", is_flag=True, help="A million points on each side, sbot alone (long).")
+@click.option("--float32-rivals", is_flag=True, help="Rivals in float32 too; else only sbot is run there.")
+@click.option(
+    "--data",
+    envvar="SBOT_BENCH_DATA",
+    type=click.Path(file_okay=False, exists=True, path_type=Path),
+    help="Folder of the single cells; without it they are left out.",
+)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--threads", default=2, show_default=True, help="For every library, by tying processes to so many cores.")
+@click.option("--quick", is_flag=True, help="Small sizes, to see that it runs.")
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), default=RESULTS, help="Folder for the results."
+)
+def speed(
+    only: str,
+    sizes: str,
+    limit_seconds: float,
+    factor: float,
+    repeat_below: float,
+    minutes: float,
+    fresh: bool,
+    million: bool,
+    float32_rivals: bool,
+    data: Path | None,
+    seed: int,
+    threads: int,
+    quick: bool,
+    out: Path,
+) -> None:
+    """Time and memory of sbot, POT, OTT-JAX, GeomLoss and mdot-tnt to the same accuracy (most of an hour; can be continued)."""
+    names = parts(only)
+    until = time.monotonic() + 60 * minutes
+    out.mkdir(parents=True, exist_ok=True)
+    options = Options(seed, quick, data, million, float32_rivals, tuple(int(n) for n in sizes.split(",") if n))
+    limits = Limits(limit_seconds, factor, repeated=repeat_below)
+    if quick:
+        limits = Limits(min(limit_seconds, 20.0), factor, 0.5, 0.2)
+    # quick numbers mean nothing and never mix with others
+    records = Records(out / ("speed_quick.jsonl" if quick else "speed.jsonl"))
+    if fresh:
+        for name in names:
+            records.forget(name)
+    key = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%S")
+    settings = {
+        "seed": seed,
+        "limit, s": limits.seconds,
+        "factor": limits.factor,
+        "timed once above, s": repeat_below,
+        "quick": quick,
+    }
+    jobs = [job for name in names for job in PARTS[name](options)]
+    if any(records.find(job) is None for job in jobs):
+        records.add({"run": key, "environment": environment(threads, settings)})
+    folder = str(data.resolve()) if data is not None else None
+    left = run(jobs, records, key, limits, threads, click.echo, until, folder)
+    files = write(records, out, quick)
+    click.echo(f"{left} of {len(jobs)} jobs are left; wrote {', '.join([records.path.name, *files])} to {out}")
