@@ -1,6 +1,7 @@
 """sbot: entropic optimal transport and Schrödinger bridges, one call from two measures to a bridge."""
 
 from .api import AUTO, SOLVERS, choose_solver, load, solve_bridge
+from .bounds import Bounds
 from .bridge import Bridge, DualPotential, Potentials, Report
 from .costs import Cosine, Cost, Lp, MatrixCost, Quadratic
 from .diffusion import Diffusion
@@ -25,6 +26,7 @@ __all__ = [
     "DSBM",
     "SOLVERS",
     "Affine",
+    "Bounds",
     "Bridge",
     "Brownian",
     "Cache",
