@@ -23,7 +23,7 @@ def small(generator, batch=(), n=12, m=15):
 @pytest.mark.parametrize("eps", [1.0, 0.1, 0.01])
 @pytest.mark.parametrize("tol", [0.5, 1e-2, 1e-8])
 def test_unregularised_transport_lies_between(eps, tol, dtype, recwarn):
-    for seed in range(6):
+    for seed in range(4):
         x, y, a, b = (part.to(dtype) for part in small(torch.Generator().manual_seed(seed)))
         bridge = sbot.solve_bridge((x, a), (y, b), eps, solver=sbot.Sinkhorn(tol=tol))
         bounds = bridge.bounds()
