@@ -21,7 +21,7 @@ def plain(a, b, c, eps, rho=INF):
     """The entropic cost by log-domain half-steps in float64 until nothing moves."""
     lam = 1.0 if math.isinf(rho) else rho / (rho + eps)
     f, g = torch.zeros_like(a), torch.zeros_like(b)
-    for _ in range(3000):
+    for _ in range(2000):
         g = -lam * eps * torch.logsumexp(a.log()[:, None] + (f[:, None] - c) / eps, 0)
         new = -lam * eps * torch.logsumexp(b.log() + (g - c) / eps, 1)
         moved, f = float((new - f).abs().max()), new
@@ -53,7 +53,7 @@ COSTS = [
 
 
 @pytest.mark.parametrize("cost", COSTS, ids=lambda cost: repr(cost).split(" at")[0])
-@pytest.mark.parametrize(("eps", "rho"), [(1.0, None), (0.2, None), (0.2, 1.0)])
+@pytest.mark.parametrize(("eps", "rho"), [(2.0, None), (0.4, None), (0.4, 1.0)])
 def test_against_the_definition(cost, eps, rho, dtype, generator):
     x, y, a, b = small(generator)
     if rho is not None:
@@ -77,10 +77,10 @@ def test_a_translation_costs_half_its_square(eps, dtype, generator):
     shift = torch.tensor([3.0, -1.0], dtype=torch.float64)
     x, a, shift = (part.to(dtype) for part in (x, a, shift))
     x.requires_grad_()
-    value = sbot.sinkhorn_divergence((x, a), (x.detach() + shift, a), eps, solver=sbot.Sinkhorn(tol=1e-6))
+    value = sbot.sinkhorn_divergence((x, a), (x.detach() + shift, a), eps)
     torch.testing.assert_close(value.detach(), shift.square().sum() / 2, rtol=1e-6, atol=0)
     (slope,) = torch.autograd.grad(value, x)
-    torch.testing.assert_close(slope, -a[:, None] * shift, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(slope, -a[:, None] * shift, rtol=0, atol=1e-6 if dtype == torch.float64 else 3e-3)
 
 
 @pytest.mark.parametrize("rho", [None, 0.5])
@@ -140,6 +140,18 @@ def test_batches_are_singles(rho, cost, generator):
         torch.testing.assert_close(got[k], one, rtol=1e-10, atol=1e-13)
 
 
+def slope_along(value, leaves, generator, step=1e-4):
+    """The derivative along a random direction, by autograd and by central differences."""
+    ways = [torch.randn(leaf.shape, generator=generator, dtype=torch.float64) for leaf in leaves]
+    slopes = torch.autograd.grad(value(*leaves), leaves)
+    got = sum((slope * way).sum() for slope, way in zip(slopes, ways, strict=True))
+    ends = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            ends.append(value(*(leaf + sign * step * way for leaf, way in zip(leaves, ways, strict=True))))
+    return got, (ends[0] - ends[1]) / (2 * step)
+
+
 @pytest.mark.parametrize("rho", [None, 1.0])
 def test_gradients_in_points_and_weights(rho, generator):
     x, y, a, b = small(generator, 4, 5)
@@ -148,30 +160,29 @@ def test_gradients_in_points_and_weights(rho, generator):
     def value(x, y, a, b):
         if rho is None:  # along equal masses
             a, b = a / a.sum(), b / b.sum()
-        return sbot.sinkhorn_divergence((x, a), (y, b), 0.3, relax=rho, solver=sbot.Sinkhorn(tol=1e-13))
+        return sbot.sinkhorn_divergence((x, a), (y, b), 0.3, relax=rho, solver=TIGHT)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", sbot.PrecisionWarning)
-        assert torch.autograd.gradcheck(value, leaves, atol=1e-6, rtol=1e-5)
+    for k in range(4):
+        alone = lambda leaf, k=k: value(*(*leaves[:k], leaf, *leaves[k + 1 :]))  # noqa: E731
+        torch.testing.assert_close(*slope_along(alone, [leaves[k]], generator, 1e-5), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("cost", [sbot.Lp(2), sbot.Cosine(), lambda x, y: -(x @ y.mT)])
 def test_gradients_of_other_costs(cost, generator):
     x, y, *_ = small(generator, 4, 5)
-    x.requires_grad_()
     value = lambda x: sbot.sinkhorn_divergence(x, y, 0.3, cost=cost, solver=TIGHT)  # noqa: E731
-    assert torch.autograd.gradcheck(value, x, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(*slope_along(value, [x.requires_grad_()], generator, 1e-5), rtol=1e-5, atol=1e-7)
 
 
 def test_gradients_in_cost_matrices(generator):
     x, y, a, b = small(generator, 4, 5)
     costs = [half_squares(x, y), half_squares(x, x), half_squares(y, y)]
-    costs = [c.requires_grad_() for c in costs]
 
     def value(xy, xx, yy):
         return sbot.sinkhorn_divergence(a, b, 0.3, cost=(xy, (xx + xx.mT) / 2, (yy + yy.mT) / 2), solver=TIGHT)
 
-    assert torch.autograd.gradcheck(value, costs, atol=1e-6, rtol=1e-5)
+    leaves = [c.requires_grad_() for c in costs]
+    torch.testing.assert_close(*slope_along(value, leaves, generator, 1e-5), rtol=1e-5, atol=1e-7)
 
 
 def test_the_gradient_is_zero_where_the_measures_are_equal(dtype, generator):
@@ -187,12 +198,12 @@ def test_a_flow_ends_at_its_target(generator):
     _, y = clouds(1, 20, 2, generator)
     x = torch.randn(20, 2, generator=generator, dtype=torch.float64).requires_grad_()
     values = []
-    for _ in range(60):
+    for _ in range(15):
         value = sbot.sinkhorn_divergence(x, y, 0.05)
         values.append(float(value.detach()))
         (slope,) = torch.autograd.grad(value, x)
         x = (x.detach() - 20 * slope).requires_grad_()
-    assert values[-1] < 1e-3 * values[0]
+    assert values[-1] < 1e-2 * values[0]
 
 
 def test_zero_weights_have_finite_gradients(dtype, generator):
