@@ -364,12 +364,16 @@ class DiscreteCoupling(Coupling):
             noise = torch.empty_like(log_p).exponential_(generator=generator).log_().neg_()
             tile = noise.add_(log_p).flatten(-2)
             keys = torch.cat([keys, tile], -1)
-            index = torch.cat([index, torch.arange(tile.shape[-1], device=left.device).expand(tile.shape) + rows.start * m], -1)
+            index = torch.cat(
+                [index, torch.arange(tile.shape[-1], device=left.device).expand(tile.shape) + rows.start * m], -1
+            )
             keys, order = keys.topk(min(n, keys.shape[-1]), -1)
             index = index.gather(-1, order)
         have = int((keys > -torch.inf).sum(-1).min())
         if have < n:
-            raise InvalidProblem(f"n is {n} and the plan has {have} pairs to draw without replacement; give n <= {have}")
+            raise InvalidProblem(
+                f"n is {n} and the plan has {have} pairs to draw without replacement; give n <= {have}"
+            )
         return index // m, index % m
 
     @torch.no_grad()

@@ -132,8 +132,9 @@ def _between_atoms(problem: Problem, within: list[Problem], solver: Sinkhorn, pr
     report = bridge.report
     with reporting(progress, "Sinkhorn divergence") as show:
         selves = [_alone(part, solver, report.tolerance, show) for part in within]
-    found = {"(mu, nu)": report, "(mu, mu)": selves[0], "(nu, nu)": selves[1]}
-    late = [f"{name} at {part.error:.1e}" for name, part in found.items() if not part.converged]
+    found = [(part.error, part.converged) for part in (report, *selves)]
+    names = ("(mu, nu)", "(mu, mu)", "(nu, nu)")
+    late = [f"{name} at {error:.1e}" for name, (error, done) in zip(names, found, strict=True) if not done]
     if late:
         warnings.warn(
             f"the Sinkhorn divergence has terms that did not converge: {', '.join(late)}, marginal errors for a tolerance "
@@ -198,7 +199,9 @@ def _alone(problem: Problem, solver: Sinkhorn, tolerance: float, show: Callable[
         # both marginals are off by this
         error = 2 * float(((goal * off).sum(-1) / goal.sum(-1)).max())
         if math.isnan(error):
-            raise NumericalError("a self term of the divergence left the finite numbers; rescale the cost or use float64")
+            raise NumericalError(
+                "a self term of the divergence left the finite numbers; rescale the cost or use float64"
+            )
         show(Progress(k, eps, error, tolerance))
         waited = 0 if error < 0.9 * best.error else waited + 1
         if error < best.error:
@@ -228,9 +231,7 @@ def _logs(end: Any, potential: Tensor, eps: float) -> Tensor:
 # ---- the door ------------------------------------------------------------------------------------------------------
 
 
-def _problems(
-    mu: Any, nu: Any, eps: Any, reference: Any, cost: Any, relax: Any
-) -> tuple[Problem, list[Problem]]:
+def _problems(mu: Any, nu: Any, eps: Any, reference: Any, cost: Any, relax: Any) -> tuple[Problem, list[Problem]]:
     """The problem from mu to nu, and those from each to itself."""
     three = cost if isinstance(cost, tuple) and len(cost) == 3 else None
     problem = Problem.of(mu, nu, eps, reference, cost if three is None else three[0], relax)

@@ -87,7 +87,7 @@ def test_a_translation_costs_half_its_square(eps, dtype, generator):
 def test_never_negative_however_far_the_solves_got(rho, dtype, generator):
     for near in (1.0, 1e-2, 1e-4):
         for solver in (sbot.Sinkhorn(max_iter=1), sbot.Sinkhorn(tol=0.3), sbot.Sinkhorn()):
-            x, _, a, b = small(generator, m=9)
+            x, _, a, _b = small(generator, m=9)
             y = x + near * torch.randn(x.shape, generator=generator)
             mass = 1.0 if rho is None else 1 + near
             with warnings.catch_warnings():
@@ -302,16 +302,16 @@ def test_bad_questions(generator):
     x, y, a, b = small(generator)
     c = half_squares(x, y)
     cases = [
-        (dict(cost=c), r"\(C_xy, C_xx, C_yy\)"),
-        (dict(cost=sbot.MatrixCost(c)), r"\(C_xy, C_xx, C_yy\)"),
-        (dict(cost=(c, c, c)), "cost.1., the matrix within mu"),
-        (dict(cost=(c, half_squares(x, x), half_squares(y, y).triu())), "cost.2.*symmetric"),
-        (dict(cost=(c, half_squares(x, x) * math.nan, half_squares(y, y))), "cost.1.*NaN"),
-        (dict(relax=(1.0, 2.0)), "one number"),
-        (dict(relax=(INF, 2.0)), "one number"),
-        (dict(reference=sbot.OrnsteinUhlenbeck(rate=1.0)), "Brownian"),
-        (dict(cost=lambda x, y: (x[..., :, None, :] - 2 * y[..., None, :, :]).square().sum(-1)), "symmetric"),
-        (dict(solver="best"), "solver"),
+        ({"cost": c}, r"\(C_xy, C_xx, C_yy\)"),
+        ({"cost": sbot.MatrixCost(c)}, r"\(C_xy, C_xx, C_yy\)"),
+        ({"cost": (c, c, c)}, "cost.1., the matrix within mu"),
+        ({"cost": (c, half_squares(x, x), half_squares(y, y).triu())}, "cost.2.*symmetric"),
+        ({"cost": (c, half_squares(x, x) * math.nan, half_squares(y, y))}, "cost.1.*NaN"),
+        ({"relax": (1.0, 2.0)}, "one number"),
+        ({"relax": (INF, 2.0)}, "one number"),
+        ({"reference": sbot.OrnsteinUhlenbeck(rate=1.0)}, "Brownian"),
+        ({"cost": lambda x, y: (x[..., :, None, :] - 2 * y[..., None, :, :]).square().sum(-1)}, "symmetric"),
+        ({"solver": "best"}, "solver"),
     ]
     for options, said in cases:
         with pytest.raises(sbot.InvalidProblem, match=said):
