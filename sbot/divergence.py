@@ -132,9 +132,9 @@ def _between_atoms(problem: Problem, within: list[Problem], solver: Sinkhorn, pr
     report = bridge.report
     with reporting(progress, "Sinkhorn divergence") as show:
         selves = [_alone(part, solver, report.tolerance, show) for part in within]
-    found = [(part.error, part.converged) for part in (report, *selves)]
-    names = ("(mu, nu)", "(mu, mu)", "(nu, nu)")
-    late = [f"{name} at {error:.1e}" for name, (error, done) in zip(names, found, strict=True) if not done]
+    late = [] if report.converged else [f"(mu, nu) at {report.error:.1e}"]
+    for name, part in zip(("mu", "nu"), selves, strict=True):
+        late += [] if part.converged else [f"({name}, {name}) at {part.error:.1e}"]
     if late:
         warnings.warn(
             f"the Sinkhorn divergence has terms that did not converge: {', '.join(late)}, marginal errors for a tolerance "
