@@ -133,8 +133,8 @@ def _between_atoms(problem: Problem, within: list[Problem], solver: Sinkhorn, pr
     with reporting(progress, "Sinkhorn divergence") as show:
         selves = [_alone(part, solver, report.tolerance, show) for part in within]
     late = [] if report.converged else [f"(mu, nu) at {report.error:.1e}"]
-    for name, part in zip(("mu", "nu"), selves, strict=True):
-        late += [] if part.converged else [f"({name}, {name}) at {part.error:.1e}"]
+    for name, own in zip(("mu", "nu"), selves, strict=True):
+        late += [] if own.converged else [f"({name}, {name}) at {own.error:.1e}"]
     if late:
         warnings.warn(
             f"the Sinkhorn divergence has terms that did not converge: {', '.join(late)}, marginal errors for a tolerance "
