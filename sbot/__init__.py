@@ -1,10 +1,12 @@
 """sbot: entropic optimal transport and Schrödinger bridges, one call from two measures to a bridge."""
 
 from .api import AUTO, SOLVERS, choose_solver, load, solve_bridge
+from .bounds import Bounds
 from .bridge import Bridge, DualPotential, Potentials, Report
 from .costs import Cosine, Cost, Lp, MatrixCost, Quadratic
 from .diffusion import Diffusion
 from .distributed import together
+from .divergence import sinkhorn_divergence
 from .drift_bridge import DriftBridge
 from .errors import InvalidFile, InvalidProblem, NotConverged, NumericalError, PrecisionWarning, SbotError, Unsupported
 from .measures import Discrete, Gaussian, Measure, Mixture, Sampler, as_measure
@@ -24,6 +26,7 @@ __all__ = [
     "DSBM",
     "SOLVERS",
     "Affine",
+    "Bounds",
     "Bridge",
     "Brownian",
     "Cache",
@@ -72,6 +75,7 @@ __all__ = [
     "as_measure",
     "choose_solver",
     "load",
+    "sinkhorn_divergence",
     "solve_bridge",
     "together",
 ]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import io
 from .arrays import HALF, as_count, as_index, as_number, as_tensor, require_finite
+from .bounds import Bounds
 from .costs import MatrixCost
 from .errors import InvalidProblem, NumericalError, Unsupported
 from .linalg import full_precision
@@ -189,7 +190,9 @@ class Bridge(ABC):
         """Draw ``n`` paths at the given increasing times, ``(*b, n, len(times), d)``."""
 
     @abstractmethod
-    def sample_pairs(self, n: int, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def sample_pairs(
+        self, n: int, *, generator: torch.Generator | None = None, replace: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """Draw ``n`` pairs ``(X_0, X_1)`` from the plan, each ``(*b, n, d)``."""
 
     @abstractmethod
@@ -204,6 +207,16 @@ class Bridge(ABC):
 
     def round(self) -> FeasiblePlan:
         """A plan with exactly the marginals of mu and nu."""
+        raise Unsupported(ATOMS_ONLY)
+
+    def bounds(self) -> Bounds:
+        """Bounds on unregularised transport."""
+        raise Unsupported(ATOMS_ONLY)
+
+    def sample_indices(
+        self, n: int, *, generator: torch.Generator | None = None, replace: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Draw ``n`` pairs of atoms from the plan by their numbers, each ``(*b, n)``."""
         raise Unsupported(ATOMS_ONLY)
 
     def sparse_plan(self, mass: float = 0.99, *, max_per_row: int | None = None) -> SparsePlan:

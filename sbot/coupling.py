@@ -15,11 +15,12 @@ from torch import Tensor
 
 from . import implicit, linalg
 from .arrays import as_index
+from .bounds import Bounds, lower_bound
 from .costs import MatrixCost
 from .errors import InvalidProblem, Unsupported
 from .gaussian import GaussianPlan, couple
-from .kernels import COPIES, LogKernel, make_kernel, require_memory
-from .measures import Discrete, Gaussian, Measure
+from .kernels import COPIES, DenseKernel, LogKernel, make_kernel, require_memory
+from .measures import Discrete, Gaussian, Measure, categorical
 from .metrics import Estimate
 from .potentials import Atoms, Potential
 from .problem import Problem
@@ -53,6 +54,14 @@ class Coupling(ABC):
 
     def round(self) -> FeasiblePlan:
         """A plan that has the marginals to rounding."""
+        raise Unsupported(ATOMS_ONLY)
+
+    def bounds(self) -> Bounds:
+        """Bounds on unregularised transport."""
+        raise Unsupported(ATOMS_ONLY)
+
+    def draw(self, n: int, replace: bool, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Rows and columns of ``n`` entries drawn in proportion to their mass, ``(*b, n)``."""
         raise Unsupported(ATOMS_ONLY)
 
     def top(self, k: int) -> tuple[Tensor, Tensor]:
@@ -311,6 +320,61 @@ class DiscreteCoupling(Coupling):
         hard = math.isinf(self.problem.relax[0]), math.isinf(self.problem.relax[1])
         a, b = (w.double() for w in self.target_marginals())
         return feasible(self._kernel(), left, right, self.eps, (a, b), hard)
+
+    @torch.no_grad()
+    def bounds(self) -> Bounds:
+        if self.problem.relax != (math.inf, math.inf):
+            raise Unsupported(
+                "bounds() is about transport with both marginals hard, and here they are relaxed; solve without relax=, or "
+                "use cost() and gap(), which bracket the relaxed problem"
+            )
+        f, g = self.dual_values()
+        return Bounds(lower_bound(self._kernel(), *self.target_marginals(), f, g), self.round().linear_cost())
+
+    @torch.no_grad()
+    def draw(self, n: int, replace: bool, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        if not replace:
+            return self._draw_once(n, generator)
+        start = self.ends[0]
+        assert isinstance(start, Discrete)
+        rows = categorical(start.weights.log(), n, generator)
+        kernel, right = self._kernel_of(rows), self._logs[1]
+        kernel.copies = COPIES
+        columns = [
+            categorical(right[..., None, :] - kernel.entries(tile) / self.eps, 1, generator)[..., 0]
+            for tile in kernel.tiles()
+        ]
+        return rows, torch.cat(columns, -1)
+
+    def _kernel_of(self, rows: Tensor) -> LogKernel:
+        """The kernel of these rows, ``(*b, n)``, in their order."""
+        x, y = (site.detach() for site in self.problem.sites)
+        if isinstance(self.problem.cost, MatrixCost):
+            values = self.problem.cost.values.detach()
+            return DenseKernel(torch.take_along_dim(values, rows[..., None], -2))
+        return make_kernel(self.problem.cost, torch.take_along_dim(x, rows[..., None], -2), y)
+
+    def _draw_once(self, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Entries drawn one after the other, none twice: the largest of ``log P_ij`` with Gumbel noise (Kool et al. 2019)."""
+        left, right = self._logs
+        batch, m = self.problem.batch_shape, right.shape[-1]
+        keys = torch.empty((*batch, 0), dtype=torch.float64, device=left.device)
+        index = torch.empty((*batch, 0), dtype=torch.int64, device=left.device)
+        for rows, log_p, _ in self._tiles(left, right):
+            noise = torch.empty_like(log_p).exponential_(generator=generator).log_().neg_()
+            tile = noise.add_(log_p).flatten(-2)
+            keys = torch.cat([keys, tile], -1)
+            index = torch.cat(
+                [index, torch.arange(tile.shape[-1], device=left.device).expand(tile.shape) + rows.start * m], -1
+            )
+            keys, order = keys.topk(min(n, keys.shape[-1]), -1)
+            index = index.gather(-1, order)
+        have = int((keys > -torch.inf).sum(-1).min())
+        if have < n:
+            raise InvalidProblem(
+                f"n is {n} and the plan has {have} pairs to draw without replacement; give n <= {have}"
+            )
+        return index // m, index % m
 
     @torch.no_grad()
     def top(self, k: int) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from .metrics import Estimate
 from .potentials import Tilted
 from .problem import Problem
 from .reference import LinearReference, Process
+from .rounding import ATOMS_ONLY
 from .sde import Chain, TimeGrid, as_grid, drift_of, grid_times, walk
 from .steering import Steering
 
@@ -173,9 +174,11 @@ class DriftBridge(Bridge):
 
     @in_result_dtype
     def sample_pairs(
-        self, n: int, *, generator: torch.Generator | None = None, reverse: bool = False
+        self, n: int, *, generator: torch.Generator | None = None, replace: bool = True, reverse: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Draw ``n`` pairs ``(X_0, X_1)``, each ``(n, *event)``: forward from mu, or with ``reverse`` from nu."""
+        if not replace:
+            raise Unsupported(ATOMS_ONLY)
         ends = self.sample_paths(n, [0.0, 1.0], generator=generator, reverse=reverse)
         return ends[:, 0], ends[:, 1]
 

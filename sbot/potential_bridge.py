@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import linalg
 from .arrays import DTYPES, as_count, as_number, as_tensor, compute_dtype
+from .bounds import Bounds
 from .bridge import Bridge, DualPotential, Potentials, Report, in_result_dtype
 from .costs import MatrixCost
 from .coupling import Coupling, DiscreteCoupling, GaussianCoupling, SampledCoupling, damping
@@ -19,7 +20,7 @@ from .pack import pack
 from .potentials import Atoms, Potential, Tilted
 from .problem import Problem
 from .reference import LinearReference
-from .rounding import FeasiblePlan, SparsePlan, permutation
+from .rounding import ATOMS_ONLY, FeasiblePlan, SparsePlan, permutation
 
 #: Entries of each row among which a permutation is first looked for.
 NEAREST = 16
@@ -97,6 +98,14 @@ class PotentialBridge(Bridge):
         marginal is left as it is.  Raises `Unsupported` for marginals without atoms.
         """
         return self.coupling.round()
+
+    def bounds(self) -> Bounds:
+        """``lower <= OT_0 <= upper`` for unregularised transport, whatever the solver reached; `Bounds`, in float64.
+
+        From above the cost of `round`, from below ``<a, f> + <b, g>`` with ``f_i = min_j C_ij - g_j``.  Both close in on
+        ``OT_0`` like ``eps``.  Raises `Unsupported` for relaxed marginals and for marginals without atoms.
+        """
+        return self.to(dtype=torch.float64).coupling.bounds()
 
     def sparse_plan(self, mass: float = 0.99, *, max_per_row: int | None = None) -> SparsePlan:
         """The largest entries of each row that hold ``mass`` of it together, at most ``max_per_row``; streamed.
@@ -270,27 +279,39 @@ class PotentialBridge(Bridge):
         self._linear()
         return self.coupling.between(time) or super().marginal(time)
 
-    def _pairs(self, n: Any, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        start = self.coupling.ends[0]
+    def _pairs(self, n: Any, generator: torch.Generator | None, replace: bool = True) -> tuple[Tensor, Tensor]:
+        if isinstance(self.coupling, DiscreteCoupling):
+            pairs = zip(self.sample_indices(n, generator=generator, replace=replace), self.problem.values, strict=True)
+            first, second = (index if points is None else _taken(points, index) for index, points in pairs)
+            return first, second
+        if not replace:
+            raise Unsupported(ATOMS_ONLY)
         with torch.no_grad():
-            if isinstance(self.psi, Atoms) and not self.psi.points.dtype.is_floating_point:
-                return self._numbered_pairs(start, self._count(n), generator)
-            x = start.sample(self._count(n), generator=generator)
+            x = self.coupling.ends[0].sample(self._count(n), generator=generator)
             return x, self.condition(x).sample(generator=generator)
 
-    def _numbered_pairs(self, start: Measure, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Pairs where the cost is a matrix: draw atom numbers, then look up the points where there are any."""
-        assert isinstance(start, Discrete) and isinstance(self.psi, Atoms)
-        if start.batch_shape:
-            raise Unsupported("pairs of a batch with a cost matrix are not drawn; solve the problems one by one")
-        index = Discrete(None, start.weights).sample(n, generator=generator)
-        end = self.condition(index).sample(generator=generator)
-        return index if start.points is None else start.points[index], end
-
     @in_result_dtype
-    def sample_pairs(self, n: int, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Draw ``n`` pairs ``(X_0, X_1)`` from the plan, each ``(*b, n, d)``; bin numbers ``(n,)`` for histograms."""
-        return self._pairs(n, generator)
+    def sample_pairs(
+        self, n: int, *, generator: torch.Generator | None = None, replace: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Draw ``n`` pairs ``(X_0, X_1)`` from the plan, each ``(*b, n, d)``; bin numbers ``(*b, n)`` for histograms.
+
+        Without replacement (between atoms only) as in `sample_indices`.
+        """
+        return self._pairs(n, generator, replace)
+
+    def sample_indices(
+        self, n: int, *, generator: torch.Generator | None = None, replace: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Draw ``n`` pairs of atoms from the plan by their numbers: rows and columns, each ``(*b, n)``.
+
+        With ``replace=False`` no pair comes twice: each is drawn in proportion to ``P_ij`` among those that are left, in this
+        order; streamed, in O(n) memory beside a tile.  Raises `InvalidProblem` where fewer than ``n`` pairs have mass,
+        `Unsupported` for marginals without atoms.
+        """
+        if not isinstance(replace, bool):
+            raise InvalidProblem(f"replace is {replace!r}; give True or False")
+        return self.coupling.draw(self._count(n), replace, generator)
 
     @in_result_dtype
     def sample_paths(self, n: int, times: Any, *, generator: torch.Generator | None = None) -> Tensor:
@@ -326,6 +347,10 @@ class PotentialBridge(Bridge):
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return pack(self.problem, self.phi, self.psi, self.report)
+
+
+def _taken(points: Tensor, index: Tensor) -> Tensor:
+    return torch.take_along_dim(points.detach(), index[..., None], -2)
 
 
 def _coupling(problem: Problem, phi: Potential, psi: Potential) -> Coupling:
