@@ -101,8 +101,8 @@ class DiscreteCoupling(Coupling):
     def attached(self, unroll: int | None) -> tuple[Atoms, Atoms]:
         """The potentials as functions of the data, see `PotentialBridge.differentiable`."""
         a, b, (x, y) = self._mu.weights, self._nu.weights, self.problem.sites
-        for name, w in (("mu", a), ("nu", b)):
-            if w.requires_grad and bool((w == 0).any()):
+        for name, side in (("mu", self._mu), ("nu", self._nu)):
+            if side.weights.requires_grad and bool(((side.weights == 0) & side.mask).any()):
                 raise InvalidProblem(f"{name} has weights that are zero and want a gradient; drop these atoms")
         f, g = (torch.where(torch.isfinite(part), part, 0.0) for part in self.dual_values())
         kernel = make_kernel(self.problem.cost, x, y)
@@ -191,7 +191,7 @@ class DiscreteCoupling(Coupling):
             raise Unsupported(
                 "the plan has no mass left to draw from or to look at; raise relax or bring the points nearer"
             )
-        return Discrete(self._mu.points, a), Discrete(self._nu.points, b)
+        return self._mu.reweighted(a), self._nu.reweighted(b)
 
     def target_marginals(self) -> tuple[Tensor, Tensor]:
         """``a e^{-f / rho}`` and ``b e^{-g / rho}``: what the marginals are at the solution."""

@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .arrays import HALF, as_number
 from .costs import Cost, MatrixCost
 from .errors import InvalidProblem
-from .measures import Discrete, Measure, as_measure
+from .measures import Discrete, Gaussian, Measure, as_measure, suffix
 from .reference import Reference, Static, as_reference
 
 INF = math.inf
@@ -55,8 +56,10 @@ class Problem:
         rho = _check_relax(relax)
         ref = as_reference(reference, cost)
         charge = ref.cost()
-        bins = charge.values.ndim - 1 if isinstance(charge, MatrixCost) else 0
-        a, b = as_measure(mu, "mu", histogram=bins), as_measure(nu, "nu", histogram=bins)
+        a, b = (
+            as_measure(side, name, histogram=_histogram(side, charge, axis, name))
+            for side, name, axis in ((mu, "mu", -2), (nu, "nu", -1))
+        )
         _check_devices(a, b, charge)
         sources = [a.source_dtype, b.source_dtype]
         dtypes = [a.dtype, b.dtype]
@@ -66,8 +69,9 @@ class Problem:
         result, dtype = _promote(sources), _promote(dtypes)
         notes = [f"computed in float32, results returned as {result}"] if result in HALF else []
         a, b = (m if m.dtype == dtype else m.to(dtype=dtype) for m in (a, b))
-        if isinstance(charge, MatrixCost) and charge.values.dtype != dtype:
-            ref = Static(MatrixCost(charge.values.to(dtype)))
+        a, b, batch = _side_by_side(a, b, charge)
+        if isinstance(charge, MatrixCost) and (charge.values.dtype != dtype or charge.batch_shape != batch):
+            ref = Static(_fitted(charge, batch, dtype=dtype))
         least = 4 / torch.finfo(dtype).max
         if not least < epsilon < 1 / least:
             raise InvalidProblem(
@@ -122,7 +126,7 @@ class Problem:
         """The same problem in another dtype or on another device."""
         reference = self.reference
         if isinstance(self.cost, MatrixCost):
-            reference = Static(MatrixCost(self.cost.values.to(dtype=dtype, device=device)))
+            reference = Static(_fitted(self.cost, self.batch_shape, dtype=dtype, device=device))
         moved = replace(
             self,
             mu=self.mu.to(dtype=dtype, device=device),
@@ -132,6 +136,14 @@ class Problem:
         # what was equal in the old dtype is made equal in the new one
         coarsest = max(torch.finfo(self.dtype).eps, torch.finfo(moved.dtype).eps)
         return moved._balance(coarsest) if self.relax == (INF, INF) else moved
+
+    def pick(self, index: tuple[int, ...]) -> Problem:
+        """One problem of a batch, without padding; a shorter ``index`` picks along the first batch dimensions."""
+        assert isinstance(self.mu, (Discrete, Gaussian)) and isinstance(self.nu, (Discrete, Gaussian))
+        mu, nu, reference = self.mu.pick(index), self.nu.pick(index), self.reference
+        if isinstance(self.cost, MatrixCost) and isinstance(mu, Discrete) and isinstance(nu, Discrete):
+            reference = Static(self.cost.pick(index, mu.n, nu.n))
+        return replace(self, mu=mu, nu=nu, reference=reference)
 
     # ---- checks ----------------------------------------------------------------------------------------------------
 
@@ -146,7 +158,8 @@ class Problem:
         mu, nu = self.mu, self.nu
         if mu.batch_shape != nu.batch_shape:
             raise InvalidProblem(
-                f"mu has batch dimensions {mu.batch_shape} and nu {nu.batch_shape}; give both the same (nothing broadcasts)"
+                f"mu has batch dimensions {mu.batch_shape} and nu {nu.batch_shape}; give both the same, or leave out leading "
+                "ones where the problems share a measure (sizes do not broadcast)"
             )
         if isinstance(self.cost, MatrixCost):
             self._check_matrix(self.cost)
@@ -170,15 +183,18 @@ class Problem:
                 "a cost matrix couples two histograms; pass weights (n,) and (m,), or Discrete measures"
             )
         want = (*mu.batch_shape, mu.n, nu.n)
-        if tuple(values.shape) != want:
+        if (*cost.batch_shape, *values.shape[-2:]) != want:
+            shared = f", or {want[-2:]} for one that the problems share" if mu.batch_shape else ""
             raise InvalidProblem(
-                f"the cost matrix has shape {tuple(values.shape)} for {mu.n} and {nu.n} atoms; give shape {want}"
+                f"the cost matrix has shape {tuple(values.shape)} for {mu.n} and {nu.n} atoms; give shape {want}{shared}"
             )
         if not cost.forbids:
             return
-        allowed = torch.isfinite(values)
-        for name, here, there, axis in (("mu", mu, nu, -1), ("nu", nu, mu, -2)):
-            reachable = (allowed & (there.weights > 0).unsqueeze(-2 if axis == -1 else -1)).any(axis)
+        allowed = torch.isfinite(values).to(self.dtype)
+        for name, here, there, table in (("mu", mu, nu, allowed), ("nu", nu, mu, allowed.mT)):
+            live = (there.weights.detach() > 0).to(self.dtype)
+            # one product for all problems that share the matrix, without a copy of it for each
+            reachable = (live @ table.mT if table.ndim == 2 else (table @ live[..., None])[..., 0]) > 0
             lost = torch.nonzero(~reachable & (here.weights > 0))
             if len(lost):
                 raise InvalidProblem(
@@ -201,10 +217,60 @@ class Problem:
             )
         if worst <= 4 * torch.finfo(self.dtype).eps:
             return self  # as equal as sums get
-        nu = Discrete(self.nu.points, self.nu.weights * (a / b)[..., None].to(self.dtype))
+        nu = self.nu.reweighted(self.nu.weights * (a / b)[..., None].to(self.dtype))
         note = f"masses differed by {worst:.1e} relative: nu was rescaled to the mass of mu in float64"
         notes = self.notes if worst < 16 * rounding else (*self.notes, note)
         return replace(self, nu=nu, notes=notes)
+
+
+def _side_by_side(mu: Measure, nu: Measure, cost: Cost) -> tuple[Measure, Measure, tuple[int, ...]]:
+    """Leading batch dimensions that a measure lacks are those of the others: it is shared by these problems.
+
+    Sizes never broadcast, 1 least of all; what does not fit is left as it is, for `Problem._check_shapes`.
+    """
+    shapes = [mu.batch_shape, nu.batch_shape, *([tuple(cost.values.shape[:-2])] if isinstance(cost, MatrixCost) else [])]
+    batch = max(shapes, key=len)
+    if not all(suffix(shape, batch) for shape in shapes[:2]):
+        return mu, nu, mu.batch_shape
+    mu, nu = (
+        m.expand(batch) if isinstance(m, (Discrete, Gaussian)) and m.batch_shape != batch else m for m in (mu, nu)
+    )
+    return mu, nu, batch
+
+
+def _fitted(
+    cost: MatrixCost,
+    batch: tuple[int, ...],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> MatrixCost:
+    """The matrix in a dtype and on a device, for each problem of the batch where they share it."""
+    moved = MatrixCost(cost.values.to(dtype=dtype, device=device))
+    return moved.expand(batch) if suffix(moved.batch_shape, batch) else moved
+
+
+def _histogram(side: Any, cost: Cost, axis: int, name: str) -> int:
+    """Dimensions that an array has if it is the weights of a histogram, beside a cost matrix; 0 where it is points."""
+    if not isinstance(cost, MatrixCost):
+        return 0
+    try:
+        shape = tuple(np.shape(side)) if isinstance(side, (list, np.ndarray)) else tuple(getattr(side, "shape", ()))
+    except ValueError:
+        return 0  # not rectangular, which is refused elsewhere
+    batch, n, dims = tuple(cost.values.shape[:-2]), cost.values.shape[axis], len(shape)
+    if dims < 2:
+        return 1
+    weights, points = shape[-1] == n, shape[-2] == n
+    if dims == len(batch) + 1:
+        return dims if weights or not points else 0
+    weights = weights and (suffix(batch, shape[:-1]) or suffix(shape[:-1], batch))
+    if weights and points and dims == len(batch) + 2:
+        raise InvalidProblem(
+            f"{name} has shape {shape}, which may be {n} points or the weights of {n} histograms; "
+            "say which: sbot.Discrete(points) or sbot.Discrete(None, weights)"
+        )
+    return dims if weights else 0
 
 
 def _promote(dtypes: list[torch.dtype]) -> torch.dtype:

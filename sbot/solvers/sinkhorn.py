@@ -170,7 +170,7 @@ class Sinkhorn(Solver):
         if self.anneal is not None:
             stages = list(self.anneal.stages(START * mean, eps, goal.tolerance))
         a, b = mu.weights.detach(), nu.weights.detach()
-        taken = kernel.matrix.numel() * kernel.dtype.itemsize if isinstance(kernel, DenseKernel) else 0
+        taken = kernel.stored.numel() * kernel.dtype.itemsize if isinstance(kernel, DenseKernel) else 0
         model = Conditionals(kernel, max(0, self.memory - (0 if isinstance(problem.cost, MatrixCost) else taken)))
         state = State(kernel, a, b, problem.relax, g, model if model.possible else None)
         where = "stored" if isinstance(kernel, DenseKernel) else "computed by tiles"
