@@ -112,7 +112,8 @@ class Discrete(Measure):
                 real = torch.arange(p.shape[-2], device=p.device) < count
                 w = torch.where(real, 1 / count.to(dtype), 0.0)
         w = once(_check_weights(w.to(dtype), p, name), torch.clone, 1)
-        shape = tuple(max(w.shape[:-1], () if p is None else p.shape[:-2], key=len))
+        shapes = [tuple(w.shape[:-1]), () if p is None else tuple(p.shape[:-2])]
+        shape = max(shapes, key=len)
         self.points = None if p is None else p.expand(*shape, *p.shape[-2:])
         self.weights = w.expand(*shape, w.shape[-1])
         self.batch_shape, self.event_shape = shape, () if p is None else (p.shape[-1],)
@@ -290,10 +291,14 @@ def _check_offsets(offsets: Any, n: int, name: str) -> Tensor:
         raise InvalidProblem(f"{name} offsets must be integers (B + 1,); give a tensor or a list") from None
     whole = cuts.ndim == 1 and len(cuts) >= 2 and not cuts.dtype.is_floating_point and cuts.dtype != torch.bool
     if not whole or int(cuts[0]) != 0 or int(cuts[-1]) != n:
-        raise InvalidProblem(f"{name} offsets are {cuts.tolist()}; give integers (B + 1,) from 0 to {n}, the number of points")
+        raise InvalidProblem(
+            f"{name} offsets are {cuts.tolist()}; give integers (B + 1,) from 0 to {n}, the number of points"
+        )
     empty = torch.nonzero(cuts.diff() < 1)
     if len(empty):
-        raise InvalidProblem(f"{name} has no points in problem {int(empty[0])}; drop the problem, or give offsets that increase")
+        raise InvalidProblem(
+            f"{name} has no points in problem {int(empty[0])}; drop the problem, or give offsets that increase"
+        )
     return cuts.long()
 
 

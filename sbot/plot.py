@@ -89,7 +89,7 @@ def _drawn(bridge: Bridge, kind: str, options: dict[str, Any]) -> Figure:
     _check_options(kind, options, _options(kind))
     if bridge.problem.batch_shape and kind != "convergence":
         raise Unsupported(
-            f"the bridge holds a batch {bridge.problem.batch_shape} of problems; solve one alone to draw it, "
+            f"the bridge holds a batch {bridge.problem.batch_shape} of problems; take one alone to draw it, bridge[k], "
             "or draw 'convergence'"
         )
     return KINDS[kind](bridge, **options)
@@ -413,7 +413,7 @@ def animation(
         raise InvalidProblem(f"{path} does not end in .gif; an animation is written as .gif")
     if bridge.problem.batch_shape:
         raise Unsupported(
-            f"the bridge holds a batch {bridge.problem.batch_shape} of problems; solve one alone to draw it"
+            f"the bridge holds a batch {bridge.problem.batch_shape} of problems; take one alone to draw it, bridge[k]"
         )
     times = np.linspace(0, 1, as_count(frames, "frames", least=2))
     view = _view(bridge, generator)

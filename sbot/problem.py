@@ -228,7 +228,11 @@ def _side_by_side(mu: Measure, nu: Measure, cost: Cost) -> tuple[Measure, Measur
 
     Sizes never broadcast, 1 least of all; what does not fit is left as it is, for `Problem._check_shapes`.
     """
-    shapes = [mu.batch_shape, nu.batch_shape, *([tuple(cost.values.shape[:-2])] if isinstance(cost, MatrixCost) else [])]
+    shapes = [
+        mu.batch_shape,
+        nu.batch_shape,
+        *([tuple(cost.values.shape[:-2])] if isinstance(cost, MatrixCost) else []),
+    ]
     batch = max(shapes, key=len)
     if not all(suffix(shape, batch) for shape in shapes[:2]):
         return mu, nu, mu.batch_shape
