@@ -16,6 +16,7 @@ from .costs import Cost, MatrixCost
 from .errors import InvalidProblem
 from .measures import Discrete, Gaussian, Measure, as_measure, suffix
 from .reference import Reference, Static, as_reference
+from .spread import natural_eps
 
 INF = math.inf
 
@@ -34,7 +35,7 @@ class Problem:
     Attributes
     ----------
     mu, nu : the marginals, of one dtype, device and batch shape.
-    eps : variance of the reference path over [0, 1], in the units of the cost.
+    eps : variance of the reference path over [0, 1], in the units of the cost; the number that "auto" gave.
     reference : the reference process, or a static cost.
     relax : ``(rho_mu, rho_nu)``, the strength of ``rho KL(marginal | given)``; infinite for a hard constraint.
     result_dtype : dtype of what a bridge returns; half precisions are computed in float32 and cast back.
@@ -52,7 +53,8 @@ class Problem:
     @classmethod
     def of(cls, mu: Any, nu: Any, eps: Any, reference: Any = None, cost: Any = None, relax: Any = None) -> Problem:
         """Convert and check every argument; raises `InvalidProblem` with the argument, the fault and the way out."""
-        epsilon = _check_eps(eps)
+        automatic = isinstance(eps, str) and eps == "auto"
+        epsilon = 1.0 if automatic else _check_eps(eps)
         rho = _check_relax(relax)
         ref = as_reference(reference, cost)
         charge = ref.cost()
@@ -72,15 +74,18 @@ class Problem:
         a, b, batch = _side_by_side(a, b, charge)
         if isinstance(charge, MatrixCost) and (charge.values.dtype != dtype or charge.batch_shape != batch):
             ref = Static(_fitted(charge, batch, dtype=dtype))
-        least = 4 / torch.finfo(dtype).max
-        if not least < epsilon < 1 / least:
-            raise InvalidProblem(
-                f"eps is {epsilon}, outside the range of {dtype}; rescale the points and eps, or use float64"
-            )
+        _check_range(epsilon, dtype)
         problem = cls(a, b, epsilon, ref, rho, result, tuple(notes))
         problem._check_shapes()
         coarsest = max(torch.finfo(source).eps for source in sources)
-        return problem._balance(coarsest) if rho == (INF, INF) else problem
+        problem = problem._balance(coarsest) if rho == (INF, INF) else problem
+        return problem._automatic() if automatic else problem
+
+    def with_eps(self, eps: Any) -> Problem:
+        """The same problem with another eps; raises `InvalidProblem` as `of` does."""
+        epsilon = _check_eps(eps)
+        _check_range(epsilon, self.dtype)
+        return replace(self, eps=epsilon)
 
     # ---- what solvers and bridges read -----------------------------------------------------------------------------
 
@@ -143,7 +148,7 @@ class Problem:
         mu, nu, reference = self.mu.pick(index), self.nu.pick(index), self.reference
         if isinstance(self.cost, MatrixCost) and isinstance(mu, Discrete) and isinstance(nu, Discrete):
             reference = Static(self.cost.pick(index, mu.n, nu.n))
-        return replace(self, mu=mu, nu=nu, reference=reference)
+        return replace(self, mu=mu, nu=nu, reference=reference, eps=_part(self.eps, index))
 
     # ---- checks ----------------------------------------------------------------------------------------------------
 
@@ -153,6 +158,14 @@ class Problem:
             return torch.arange(measure.n, device=measure.device)
         assert measure.points is not None
         return measure.points
+
+    def _automatic(self) -> Problem:
+        """With eps from the spread of the cost, and a note that says so."""
+        each, of_what = natural_eps(self.mu, self.nu, self.cost)
+        problem = self.with_eps(float(each.mean()))
+        over = "; the mean over the batch" if self.batch_shape else ""
+        note = f'eps="auto": {problem.eps:.3g}, a twentieth of {of_what}{over}'
+        return replace(problem, notes=(*self.notes, note))
 
     def _check_shapes(self) -> None:
         mu, nu = self.mu, self.nu
@@ -277,6 +290,14 @@ def _histogram(side: Any, cost: Cost, axis: int, name: str) -> int:
     return dims if weights else 0
 
 
+def _part(eps: Any, index: tuple[int, ...]) -> Any:
+    """What a problem of a batch has of eps: the number for all, or its own."""
+    if not isinstance(eps, Tensor) or not eps.ndim:
+        return eps
+    part = eps[index]
+    return part if part.ndim else float(part)
+
+
 def _promote(dtypes: list[torch.dtype]) -> torch.dtype:
     result = dtypes[0]
     for dtype in dtypes[1:]:
@@ -286,13 +307,19 @@ def _promote(dtypes: list[torch.dtype]) -> torch.dtype:
 
 def _check_eps(eps: Any) -> float:
     if isinstance(eps, str):
-        raise InvalidProblem(f"eps is the string {eps!r}; give a number > 0, such as a hundredth of the mean cost")
+        raise InvalidProblem(f"eps is the string {eps!r}; give a number > 0 in the units of the cost, or 'auto'")
     number = as_number(eps, "eps")
     if number == 0:
         raise InvalidProblem("eps is 0, which is unregularised transport; give eps > 0, or use ot.emd from POT")
     if number < 0 or number == INF:
         raise InvalidProblem(f"eps is {number}; give a finite number > 0 in the units of the cost")
     return number
+
+
+def _check_range(eps: float, dtype: torch.dtype) -> None:
+    least = 4 / torch.finfo(dtype).max
+    if not least < eps < 1 / least:
+        raise InvalidProblem(f"eps is {eps}, outside the range of {dtype}; rescale the points and eps, or use float64")
 
 
 def _check_relax(relax: Any) -> tuple[float, float]:
