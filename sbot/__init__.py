@@ -9,6 +9,7 @@ from .drift_bridge import DriftBridge
 from .errors import InvalidFile, InvalidProblem, NotConverged, NumericalError, PrecisionWarning, SbotError, Unsupported
 from .measures import Discrete, Gaussian, Measure, Mixture, Sampler, as_measure
 from .neural import Cache, FitConfig, TimeMLP, UNet
+from .path import BridgePath, solve_path
 from .potential_bridge import PotentialBridge
 from .problem import Problem
 from .reference import Affine, Brownian, LinearReference, LinearSDE, OrnsteinUhlenbeck, Reference, Static
@@ -25,6 +26,7 @@ __all__ = [
     "SOLVERS",
     "Affine",
     "Bridge",
+    "BridgePath",
     "Brownian",
     "Cache",
     "ClosedForm",
@@ -73,5 +75,6 @@ __all__ = [
     "choose_solver",
     "load",
     "solve_bridge",
+    "solve_path",
     "together",
 ]

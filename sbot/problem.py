@@ -54,7 +54,7 @@ class Problem:
     def of(cls, mu: Any, nu: Any, eps: Any, reference: Any = None, cost: Any = None, relax: Any = None) -> Problem:
         """Convert and check every argument; raises `InvalidProblem` with the argument, the fault and the way out."""
         automatic = isinstance(eps, str) and eps == "auto"
-        epsilon = 1.0 if automatic else _check_eps(eps)
+        epsilon = 1.0 if automatic else check_eps(eps)
         rho = _check_relax(relax)
         ref = as_reference(reference, cost)
         charge = ref.cost()
@@ -83,7 +83,7 @@ class Problem:
 
     def with_eps(self, eps: Any) -> Problem:
         """The same problem with another eps; raises `InvalidProblem` as `of` does."""
-        epsilon = _check_eps(eps)
+        epsilon = check_eps(eps)
         _check_range(epsilon, self.dtype)
         return replace(self, eps=epsilon)
 
@@ -305,7 +305,7 @@ def _promote(dtypes: list[torch.dtype]) -> torch.dtype:
     return result
 
 
-def _check_eps(eps: Any) -> float:
+def check_eps(eps: Any) -> float:
     if isinstance(eps, str):
         raise InvalidProblem(f"eps is the string {eps!r}; give a number > 0 in the units of the cost, or 'auto'")
     number = as_number(eps, "eps")
