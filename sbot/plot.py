@@ -395,7 +395,7 @@ def eps_path(path: BridgePath) -> Figure:
     title = f"{len(path)} values of eps in units of the cost\n{problem.reference!r}"
     figure.suptitle(title, fontsize="medium")
     table = figure.subplots(1, 3 if atoms else 2)
-    for values, colour, label in ((path.cost, RED, "with the entropy"), (path.linear_cost, BLUE, "<P, C>")):
+    for values, colour, label in ((path.cost, RED, "objective"), (path.linear_cost, BLUE, "<P, C>")):
         height = _array(values[order])
         table[0].plot(eps, height, ".-", color=colour, label=label)
         if (height <= 0).any():
@@ -413,7 +413,7 @@ def eps_path(path: BridgePath) -> Figure:
         for k, place in enumerate(eps[bad]):
             axes.axvline(place, color="#b00020", lw=1, ls=":", label="NOT converged" if k == 0 else None)
         axes.grid(alpha=0.25, which="both")
-        axes.legend(frameon=False, fontsize="small")
+        axes.legend(framealpha=0.8, edgecolor="none", fontsize="small")
         _tidy(axes)
     return figure
 
