@@ -108,7 +108,7 @@ class Discrete(Measure):
             assert p is not None
             w = torch.full(p.shape[:-1], 1 / p.shape[-2], dtype=dtype, device=p.device)
             if sizes is not None:
-                count = _check_sizes(sizes, p.shape[:-2], p.shape[-2], p.device, name)[..., None]
+                count = _check_sizes(sizes, tuple(p.shape[:-2]), p.shape[-2], p.device, name)[..., None]
                 real = torch.arange(p.shape[-2], device=p.device) < count
                 w = torch.where(real, 1 / count.to(dtype), 0.0)
         w = once(_check_weights(w.to(dtype), p, name), torch.clone, 1)
