@@ -36,6 +36,13 @@ class BridgePath(Sequence[Bridge]):
     Attributes
     ----------
     bridges : the bridges.
+
+    Examples
+    --------
+    >>> import torch, sbot
+    >>> path = sbot.solve_path(torch.rand(30, 2), torch.rand(40, 2), [1.0, 0.1])
+    >>> len(path), path[1].problem.eps, path.entropy.argmax().item()
+    (2, 0.1, 1)
     """
 
     bridges: tuple[Bridge, ...]

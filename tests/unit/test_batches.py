@@ -267,14 +267,14 @@ def test_the_report_says_which_problem_is_not_done(generator):
     x[[0, 1, 3]], y[[0, 1, 3]] = 0.01 * x[[0, 1, 3]], 0.01 * y[[0, 1, 3]]  # nearly flat costs but for one
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        batch = sbot.solve_bridge(x, y, 0.005, solver=sbot.Sinkhorn(max_iter=20))
+        batch = sbot.solve_bridge(x, y, 0.005, solver=sbot.Sinkhorn(max_iter=60))
     report = batch.report
     assert len(caught) == 1 and " in problem 2 of the batch for a tolerance" in str(caught[0].message)
     assert report.error == max(report.errors) == report.errors[2] and len(report.errors) == 4
     assert [part.report.converged for part in batch] == [True, True, False, True]
     assert [part.report.reason for part in batch] == ["tolerance", "tolerance", "max_iter", "tolerance"]
     with pytest.warns(sbot.NotConverged, match=r"in problem \(1, 0\) of the batch"):
-        sbot.solve_bridge(x.reshape(2, 2, 20, 2), y.reshape(2, 2, 20, 2), 0.005, solver=sbot.Sinkhorn(max_iter=20))
+        sbot.solve_bridge(x.reshape(2, 2, 20, 2), y.reshape(2, 2, 20, 2), 0.005, solver=sbot.Sinkhorn(max_iter=60))
     assert sbot.solve_bridge(x[0], y[0], 0.5).report.errors == ()
 
 

@@ -50,8 +50,8 @@ def test_arrays_by_their_definitions(problem):
 
 @pytest.mark.parametrize("memory", [2**30, 0])
 def test_it_is_cheaper_than_separate_solves(memory, generator):
-    x, y = clouds(60, 60, 2, generator)
-    values = [0.02 * 10 ** (k / 4) for k in range(9)]
+    x, y = clouds(40, 40, 2, generator)
+    values = [0.03 * 10 ** (k / 4) for k in range(8)]
     solver = sbot.Sinkhorn(memory=memory)
     path = sbot.solve_path(x, y, values, solver=solver)
     alone = [sbot.solve_bridge(x, y, eps, solver=solver) for eps in values]
