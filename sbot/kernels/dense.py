@@ -24,7 +24,8 @@ class DenseKernel(LogKernel):
     def __init__(self, stored: Tensor, batch_shape: tuple[int, ...] | None = None) -> None:
         self.batch_shape = tuple(stored.shape[:-2]) if batch_shape is None else batch_shape
         self.shape = (stored.shape[-2], stored.shape[-1])
-        self.stored, self.matrix = stored, stored.expand(*self.batch_shape, *self.shape)
+        whole = (*self.batch_shape, *self.shape)
+        self.stored, self.matrix = stored, stored if stored.shape == whole else stored.expand(whole)
         self.dtype, self.device = stored.dtype, stored.device
 
     @property
