@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import linalg
 from ..costs import Cost, MatrixCost
-from .base import COPIES, FLOOR, LogKernel, Pass
+from .base import COPIES, FLOOR, LogKernel, Pass, share_of, weigh
 from .conditionals import Conditionals
 from .dense import DenseKernel
 from .memory import require_memory
@@ -25,7 +25,9 @@ __all__ = [
     "TiledKernel",
     "make_kernel",
     "require_memory",
+    "share_of",
     "store",
+    "weigh",
 ]
 
 #: Dimensions up to which a cost that embeds is computed anew each time.

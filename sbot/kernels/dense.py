@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import final
 
 import torch
@@ -26,6 +26,9 @@ class DenseKernel(LogKernel):
 
     def take(self, index: Tensor) -> DenseKernel:
         return DenseKernel(self.matrix[index])
+
+    def on(self, leaves: Sequence[Tensor]) -> DenseKernel:
+        return DenseKernel(leaves[0])
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:

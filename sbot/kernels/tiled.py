@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import final
 
 import torch
 from torch import Tensor
 
 from ..costs import Cost
+from ..linalg import Eps, along
 from .base import LogKernel
 
 
@@ -42,6 +43,10 @@ class TiledKernel(LogKernel):
 
     def take(self, index: Tensor) -> TiledKernel:
         return TiledKernel(self.cost, self.x[index], self.y[index], flipped=self.flipped)
+
+    def on(self, leaves: Sequence[Tensor]) -> TiledKernel:
+        x, y = leaves
+        return self if x is self.x and y is self.y else TiledKernel(self.cost, x, y, flipped=self.flipped)
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
@@ -101,19 +106,19 @@ class TiledKernel(LogKernel):
         column = self.column(torch.zeros_like(self._embedded[1][..., 0]), 1.0)
         self.logits(rows, column, 1.0, out).add_(offset[..., rows, None]).neg_().clamp_(min=0)
 
-    def column(self, bias: Tensor, eps: float) -> Tensor:
-        return bias if self._embedded is None else bias - self._embedded[1].square().sum(-1) / (2 * eps)
+    def column(self, bias: Tensor, eps: Eps) -> Tensor:
+        return bias if self._embedded is None else bias - self._embedded[1].square().sum(-1) / along(2 * eps, 1)
 
-    def logits(self, rows: slice, column: Tensor, eps: float, out: Tensor) -> Tensor:
+    def logits(self, rows: slice, column: Tensor, eps: Eps, out: Tensor) -> Tensor:
         if self._embedded is None:
             return super().logits(rows, column, eps, out)
         u, v = self._embedded
-        if not self.batch_shape:
+        if not self.batch_shape and not isinstance(eps, Tensor):
             return torch.addmm(column, u[rows], v.mT, alpha=1 / eps, out=out)
-        return torch.matmul(u[..., rows, :], v.mT, out=out).mul_(1 / eps).add_(column[..., None, :])
+        return torch.matmul(u[..., rows, :], v.mT, out=out).mul_(along(1 / eps, 2)).add_(column[..., None, :])
 
-    def offset(self, eps: float) -> Tensor | None:
-        return None if self._embedded is None else self._embedded[0].square().sum(-1) / (-2 * eps)
+    def offset(self, eps: Eps) -> Tensor | None:
+        return None if self._embedded is None else self._embedded[0].square().sum(-1) / along(-2 * eps, 1)
 
     def scale(self) -> tuple[Tensor, Tensor]:
         if self._embedded is not None:
