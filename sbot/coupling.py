@@ -526,7 +526,7 @@ class SampledCoupling(Coupling):
         the noise of those atoms: it is as reliable as ``phi`` is dense at the scale ``sqrt(eps)``.
         """
         generator = self._seeded(generator)
-        reference, eps = self.problem.reference, self.problem.eps
+        reference, eps = self.problem.reference, self.problem.one_eps
         x, a = self._draw(self.problem.mu, n, generator)
         y, b = self._draw(self.problem.nu, n, generator)
         f = -eps * reference.pull_back(self._psi, 0.0, x, eps).log_mass

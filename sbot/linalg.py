@@ -18,14 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 #: a number for all problems, or ``(*b,)`` with one for each of a batch
 Eps = float | Tensor
 
 
 def along(eps: Eps, dims: int) -> Eps:
     """``eps`` as it multiplies and divides what has ``dims`` dimensions beyond the batch."""
-    return eps[(..., *[None] * dims)] if isinstance(eps, Tensor) else eps
+    return eps.reshape(eps.shape + (1,) * dims) if isinstance(eps, Tensor) else eps
 
 
 def scaled(eps: Eps, op: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import linalg
 from .arrays import HALF, as_number, as_tensor
 from .costs import Cost, MatrixCost
-from .errors import InvalidProblem
+from .errors import InvalidProblem, Unsupported
 from .linalg import Eps
 from .measures import Discrete, Measure, as_measure
 from .reference import Reference, Static, as_reference
@@ -90,6 +90,13 @@ class Problem:
     def free_eps(self) -> Eps:
         """`eps` with its graph."""
         return self.eps if self.eps_leaf is None else self.eps_leaf
+
+    @property
+    def one_eps(self) -> float:
+        """`eps` where it is one number; raises `Unsupported` for a batch with several."""
+        if isinstance(self.eps, Tensor):
+            raise Unsupported("each problem of the batch has its own eps; solve the problems one by one")
+        return self.eps
 
     @property
     def said_eps(self) -> str:

@@ -40,9 +40,9 @@ class State:
     """The problem and where the iteration is; potentials in cost units, ``(*b, n)`` and ``(*b, m)``.
 
     ``eps`` is a number, or ``(*b,)``.  ``slack`` says how many times looser the tolerance of each problem is than that of the
-    solve, ``(*b,)``: errors are measured in it.  ``model`` is where the conditional laws are kept, None where iterations stream.  ``rows`` and ``columns`` are the masses
-    of the plan, in float64; ``fresh`` says whether they are those of the present g, ``known``
-    whether the model is; ``roomless`` is the smallest eps at which there was no room for one.
+    solve, ``(*b,)``: errors are measured in it.  ``model`` is where the conditional laws are kept, None where iterations
+    stream.  ``rows`` and ``columns`` are the masses of the plan, in float64; ``fresh`` says whether they are those of the
+    present g, ``known`` whether the model is; ``roomless`` is the smallest eps at which there was no room for one.
     """
 
     kernel: LogKernel
