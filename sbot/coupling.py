@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import implicit, linalg
-from .arrays import as_index
+from .arrays import as_index, refuse_vmap
 from .costs import MatrixCost
 from .errors import InvalidProblem, Unsupported
 from .gaussian import GaussianPlan, couple
@@ -398,12 +398,10 @@ class _Value(torch.autograd.Function):
         f, g, *inputs = ctx.saved_tensors
         wanted = [k for k, need in enumerate(ctx.needs_input_grad[3:]) if need]
         again = torch.is_grad_enabled()
+        refuse_vmap(grads[0], "the gradient of the cost")
         with torch.enable_grad():
-            # views, or constants: the derivative is taken at them, and not through the potentials
-            parts = [
-                part if k not in wanted else part.view_as(part) if again else part.detach().requires_grad_()
-                for k, part in enumerate(inputs)
-            ]
+            # views, where there is a graph: the derivative is taken at them, and not through the potentials
+            parts = [part.view_as(part) if again and k in wanted else part for k, part in enumerate(inputs)]
             said = [ctx.eps if parts[0] is None else parts[0], *parts[1:]]
             total = (ctx.coupling.written_out if again else ctx.coupling.envelope)(f, g, *said)
             got = torch.autograd.grad(

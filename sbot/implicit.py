@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import linalg
+from .arrays import refuse_vmap
 from .errors import NotConverged
 from .kernels import LogKernel, share_of
 from .linalg import Eps, along
@@ -144,6 +145,8 @@ class _Potentials(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_f: Tensor, grad_g: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_vmap(grad_f, "the gradient of the potentials")
+        refuse_vmap(grad_g, "the gradient of the potentials")
         f, g, given, a, b, *leaves = ctx.saved_tensors
         kernel, eps = ctx.kernel.on(leaves), ctx.eps if given is None else linalg.plain(given)
         unit = along(eps, 1)

@@ -10,7 +10,7 @@ nothing in dimension 784.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -37,6 +37,16 @@ def plain(eps: Eps) -> Eps:
     if not isinstance(eps, Tensor):
         return eps
     return eps.detach() if eps.ndim else float(eps.detach())
+
+
+def pulled_back(function: Callable[..., Any], at: Sequence[Tensor], grads: Any) -> tuple[Tensor | None, ...]:
+    """Gradients in the arguments of ``function``, given those in what it returns; inside transforms of torch.func too."""
+    if torch._C._are_functorch_transforms_active():
+        got: tuple[Tensor, ...] = torch.func.vjp(function, *at)[1](grads)
+        return got
+    with torch.enable_grad():
+        leaves = [part.detach().requires_grad_() for part in at]
+        return torch.autograd.grad(function(*leaves), leaves, grads, allow_unused=True)
 
 
 @cache

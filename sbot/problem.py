@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import linalg
-from .arrays import HALF, as_number, as_tensor
+from .arrays import HALF, as_number, as_tensor, refuse_forward_mode
 from .costs import Cost, MatrixCost
 from .errors import InvalidProblem, Unsupported
 from .linalg import Eps
@@ -243,6 +243,7 @@ def _check_eps(eps: Any) -> Eps:
         raise InvalidProblem(f"eps is the string {eps!r}; give a number > 0, such as a hundredth of the mean cost")
     if isinstance(eps, (list, tuple)) or getattr(eps, "ndim", 0) > 0:
         each = as_tensor(eps, "eps", like=torch.zeros((), dtype=torch.float64, device="cpu"))
+        refuse_forward_mode(each)
         values = each.detach()
         bad = torch.nonzero(~((values > 0) & torch.isfinite(values)))
         if len(bad):

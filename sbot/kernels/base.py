@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import linalg
+from ..arrays import refuse_vmap
 from ..linalg import Eps, along
 
 #: Bytes of one tile: on a CPU small enough to stay in cache, on an accelerator large enough to fill it.
@@ -249,6 +250,8 @@ class _Reduction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_lse: Tensor, grad_avg: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_vmap(grad_lse, "the gradient")
+        refuse_vmap(grad_avg, "the gradient")
         given, bias, values, lse, avg, *leaves = ctx.saved_tensors
         eps = ctx.eps if given is None else linalg.plain(given)
         kernel = ctx.kernel.on(leaves)

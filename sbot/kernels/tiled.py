@@ -8,6 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from .. import linalg
 from ..costs import Cost
 from ..linalg import Eps, along
 from .base import LogKernel
@@ -63,11 +64,7 @@ class TiledKernel(LogKernel):
             d_v += w.sum(-2)[..., None] * v - w.mT @ u[..., rows, :]
         if self.flipped:
             d_u, d_v = d_v, d_u
-        with torch.enable_grad():
-            x, y = (leaf.detach().requires_grad_() for leaf in self.leaves)
-            pair = self.cost.embed(x, y)
-            assert pair is not None
-            return torch.autograd.grad(pair, (x, y), (d_u, d_v))
+        return linalg.pulled_back(self.cost.embed, self.leaves, (d_u, d_v))
 
     def _pull_back_entries(self, tiles: Iterator[tuple[slice, Tensor]]) -> tuple[Tensor | None, ...]:
         """Any cost: autograd through one tile of entries at a time."""
@@ -75,12 +72,9 @@ class TiledKernel(LogKernel):
         grads = torch.zeros_like(x), torch.zeros_like(y)
         here, there = (1, 0) if self.flipped else (0, 1)
         for rows, w in tiles:
-            with torch.enable_grad():
-                parts = [x, y]
-                parts[here] = parts[here][..., rows, :]
-                parts = [part.detach().requires_grad_() for part in parts]
-                entries = self.cost.matrix(parts[0], parts[1])
-                got = torch.autograd.grad(entries, parts, w.mT if self.flipped else w, allow_unused=True)
+            parts = [x, y]
+            parts[here] = parts[here][..., rows, :]
+            got = linalg.pulled_back(self.cost.matrix, parts, w.mT if self.flipped else w)
             if (near := got[here]) is not None:
                 grads[here][..., rows, :] = near
             if (far := got[there]) is not None:

@@ -12,7 +12,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ..arrays import as_count, as_number
+from ..arrays import as_count, as_number, refuse_forward_mode
 from ..bridge import Bridge, Report
 from ..costs import MatrixCost
 from ..diffusion import Intractable
@@ -104,6 +104,8 @@ class Sinkhorn(Solver):
         refusal = self.accepts(problem)
         if refusal is not None:
             raise InvalidProblem(f"Sinkhorn: {refusal}")
+        assert isinstance(problem.mu, Discrete) and isinstance(problem.nu, Discrete)
+        refuse_forward_mode(problem.mu.weights, problem.nu.weights)
         start = time.perf_counter()
         with torch.no_grad(), reporting(progress, "Sinkhorn") as report:
             coarse = self._coarse(problem) if init is None else None
