@@ -46,10 +46,10 @@ class Report:
     reason : why it stopped: "tolerance", "max_iter", "stalled" (rounding), "precision" (the dtype
         cannot resolve eps), or "exact".
     iterations : number of iterations (for Sinkhorn, pairs of half-steps).
-    error : relative L1 error of both marginals, summed; the worst problem of a batch.
-    errors : that of each problem of a batch, in row-major order; empty for one problem.
-    tolerance : what was aimed at; never below what the dtype can reach.
-    history : ``(iteration, eps, error)`` at each check.
+    error : relative L1 error of both marginals, summed; of a batch, that of the problem furthest from its tolerance.
+    errors, tolerances : those of each problem of a batch, in row-major order; empty for one problem.
+    tolerance : what was aimed at; never below what the dtype can reach.  Of a batch, that of the same problem.
+    history : ``(iteration, eps, error)`` at each check; the largest eps of a batch.
     seconds : wall time.
     notes : what was done to the input or to the settings.
     """
@@ -64,6 +64,7 @@ class Report:
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
     errors: tuple[float, ...] = ()
+    tolerances: tuple[float, ...] = ()
 
     def __str__(self) -> str:
         state = "converged" if self.converged else "NOT converged"
@@ -312,7 +313,7 @@ class Bridge(ABC):
     def __repr__(self) -> str:
         p = self.problem
         state = "converged" if self.report.converged else "NOT converged"
-        return f"{type(self).__name__}({p.mu!r} -> {p.nu!r}, eps={p.eps:g}, {p.reference!r}, {state})"
+        return f"{type(self).__name__}({p.mu!r} -> {p.nu!r}, eps={p.said_eps}, {p.reference!r}, {state})"
 
     # ---- the door for queries ------------------------------------------------------------------------------------
 

@@ -329,7 +329,7 @@ def info(bridge: Path) -> None:
     lines: dict[str, Any] = {
         "mu": problem.mu,
         "nu": problem.nu,
-        "eps": f"{problem.eps:g}",
+        "eps": problem.said_eps,
         "reference": problem.reference,
         "relax": ", ".join("hard" if rho == float("inf") else f"{rho:g}" for rho in problem.relax),
         "solver": report.solver,

@@ -38,7 +38,7 @@ def pack_problem(problem: Problem, report: Report) -> tuple[Header, Tensors]:
     tensors: Tensors = {}
     put = _putting(tensors)
     header = {
-        "eps": problem.eps,
+        "eps": problem.eps.tolist() if isinstance(problem.eps, Tensor) else problem.eps,
         "relax": [None if math.isinf(rho) else rho for rho in problem.relax],
         "result_dtype": str(problem.result_dtype).removeprefix("torch."),
         "notes": list(problem.notes),
@@ -110,6 +110,7 @@ def unpack_problem(
                 "error": math.nan if said["error"] is None else said["error"],
                 "history": tuple(tuple(row) for row in said["history"]),
                 "notes": tuple(said["notes"]),
+                "tolerances": tuple(said.get("tolerances", ())),
                 "errors": tuple(math.nan if error is None else error for error in said.get("errors", ())),
             }
         )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor
 
+from .arrays import as_number
 from .bridge import Bridge
 from .coupling import DiscreteCoupling
 from .errors import InvalidProblem, Unsupported
@@ -179,7 +180,7 @@ def _numbers(eps_values: Any) -> list[float]:
         listed = []
     if not listed or any(isinstance(eps, str) for eps in listed):
         raise InvalidProblem(f"eps_values is {eps_values!r}; give a sequence of numbers > 0, such as [1.0, 0.3, 0.1]")
-    return [check_eps(eps) for eps in listed]
+    return [float(check_eps(as_number(eps, "eps"))) for eps in listed]
 
 
 def _fitting(solver: Any, problem: Problem) -> Solver:

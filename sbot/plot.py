@@ -607,7 +607,7 @@ def _blank(bridge: Bridge, what: str, size: tuple[float, float]) -> Figure:
     """A figure with its title and, where it has to be, the mark that the solver did not converge."""
     figure = Figure(figsize=size, layout="constrained")
     problem, report = bridge.problem, bridge.report
-    title = f"{what}\n{problem.reference!r}, eps = {problem.eps:g} in units of the cost"
+    title = f"{what}\n{problem.reference!r}, eps = {problem.said_eps} in units of the cost"
     figure.suptitle(title, fontsize="medium")
     if not report.converged:
         mark = f"NOT converged ({report.reason}): error {report.error:.1e}, tolerance {report.tolerance:.1e}"

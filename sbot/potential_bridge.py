@@ -14,6 +14,7 @@ from .bridge import Bridge, DualPotential, Potentials, Report, in_result_dtype
 from .costs import MatrixCost
 from .coupling import Coupling, DiscreteCoupling, GaussianCoupling, SampledCoupling, damping
 from .errors import InvalidProblem, Unsupported
+from .linalg import along
 from .measures import Discrete, Gaussian, Measure
 from .pack import pack
 from .potentials import Atoms, Potential, Tilted
@@ -37,9 +38,11 @@ class PotentialBridge(Bridge):
         self.problem, self.phi, self.psi, self.report = problem, phi, psi, report
         self.coupling: Coupling = _coupling(problem, phi, psi)
         self._attached = False
+        # where potentials are constants, so is eps
+        self._eps = problem.free_eps if isinstance(self.coupling, GaussianCoupling) else problem.eps
 
     def differentiable(self, *, unroll: int | None = None) -> PotentialBridge:
-        """The same bridge, with derivatives in the data: potentials, plan, map, drift and density follow points and weights.
+        """The same bridge, with derivatives in the data: potentials, plan, map, drift and density follow points, weights, eps.
 
         ``df``, ``dg`` solve the linearised Schrödinger system (`sbot.implicit`): memory and time do not depend on how many
         iterations the solver took.  On the bridge as it was solved the potentials are constants, and only `cost` has
@@ -68,7 +71,7 @@ class PotentialBridge(Bridge):
             raise Unsupported("derivatives in the data are known for atoms; Gaussians have theirs without this call")
         phi, psi = self.coupling.attached(None if unroll is None else as_count(unroll, "unroll"))
         bridge = PotentialBridge(self.problem, phi, psi, self.report)
-        bridge._attached = True
+        bridge._attached, bridge._eps = True, self.problem.free_eps
         return bridge
 
     def _pick(self, index: tuple[int, ...]) -> PotentialBridge:
@@ -78,13 +81,16 @@ class PotentialBridge(Bridge):
         which = index[0] if len(index) == 1 else index
         notes = (*report.notes, f"problem {which} of a batch {whole}, of which iterations, history and seconds are")
         if report.errors:
-            errors = torch.tensor(report.errors, dtype=torch.float64).reshape(whole)[index]
-            worst = float(errors.max())
-            done = worst <= report.tolerance and report.reason != "precision"
+            pair = torch.tensor([report.errors, report.tolerances], dtype=torch.float64).reshape(2, *whole)
+            errors, tolerances = (part[index].flatten() for part in pair)
+            worst = int((errors / tolerances.clamp(min=1e-300)).argmax())
+            done = bool((errors <= tolerances).all()) and report.reason != "precision"
             report = replace(
                 report,
-                error=worst,
-                errors=tuple(errors.flatten().tolist()) if problem.batch_shape else (),
+                error=float(errors[worst]),
+                tolerance=float(tolerances[worst]),
+                errors=tuple(errors.tolist()) if problem.batch_shape else (),
+                tolerances=tuple(tolerances.tolist()) if problem.batch_shape else (),
                 converged=done,
                 reason="tolerance" if done else report.reason,
             )
@@ -100,7 +106,7 @@ class PotentialBridge(Bridge):
 
     @in_result_dtype
     def cost(self) -> Tensor:
-        """The dual objective: a lower bound that `gap` closes.  Differentiable in points, weights and cost matrix."""
+        """The dual objective: a lower bound that `gap` closes.  Differentiable in points, weights, cost matrix, eps."""
         return self.coupling.cost()
 
     @in_result_dtype
@@ -192,16 +198,17 @@ class PotentialBridge(Bridge):
         return out[..., 0] if flat else out
 
     def potentials(self) -> Potentials:
-        eps, (rho_mu, rho_nu) = self.problem.eps, self.problem.relax
+        eps, (rho_mu, rho_nu) = self._eps, self.problem.relax
+        unit = along(eps, 1)
 
         def f(x: Any) -> Tensor:
-            return -damping(rho_mu, eps) * eps * self.condition(x).log_mass
+            return -damping(rho_mu, unit) * unit * self.condition(x).log_mass
 
         def g(y: Any) -> Tensor:
             points = self._points(y, "y")
             tilted, jacobian = self.problem.reference.push_forward(self.phi, 1.0, points, eps)
-            log_mass = tilted.log_mass + jacobian.to(self.problem.device) + self.problem.log_normaliser()
-            return -damping(rho_nu, eps) * eps * log_mass
+            log_mass = tilted.log_mass + jacobian.to(self.problem.device) + self.problem.log_normaliser(eps)
+            return -damping(rho_nu, unit) * unit * log_mass
 
         return Potentials(
             DualPotential(self._cast(f), lambda: self._dual_values()[0]),
@@ -229,7 +236,7 @@ class PotentialBridge(Bridge):
         points = self._atoms() if x is None else self._points(x)
         if time == 1:
             raise Unsupported("given X_1 = x there is nothing left to know; ask at s < 1")
-        return self.problem.reference.pull_back(self.psi, time, points, self.problem.eps)
+        return self.problem.reference.pull_back(self.psi, time, points, self._eps)
 
     def _atoms(self) -> Tensor:
         here = self.problem.sites[0]
@@ -243,7 +250,7 @@ class PotentialBridge(Bridge):
             score = self.psi.score(points)
         else:
             phi = reference.transition(time, 1.0).phi.to(points)
-            tilted = reference.pull_back(self.psi, time, points, self.problem.eps)
+            tilted = reference.pull_back(self.psi, time, points, self._eps)
             score = linalg.apply(linalg.transpose(phi), tilted.score)
         return reference.drift(time, points) + self._spread(time, score)
 
@@ -255,7 +262,7 @@ class PotentialBridge(Bridge):
             score = self.phi.score(points)
         else:
             phi = reference.transition(0.0, time).phi.to(points)
-            tilted, _ = reference.push_forward(self.phi, time, points, self.problem.eps)
+            tilted, _ = reference.push_forward(self.phi, time, points, self._eps)
             score = linalg.apply(linalg.inverse(linalg.transpose(phi)), tilted.score)
         return self._spread(time, score) - reference.drift(time, points)
 
@@ -263,7 +270,7 @@ class PotentialBridge(Bridge):
     def log_prob(self, t: float, x: Any) -> Tensor:
         """``log phi_t(x) + log psi_t(x)``; an unbalanced bridge integrates to the mass of its plan."""
         time, points, reference = *self._place(t, x), self._linear()
-        eps = self.problem.eps
+        eps = self._eps
         if time == 0:
             ahead = self.phi.log_density(points)
         else:
@@ -289,7 +296,7 @@ class PotentialBridge(Bridge):
 
     def _spread(self, t: float, score: Tensor) -> Tensor:
         noise = self._linear().coefficients(t)[2].to(score)
-        return linalg.apply(self.problem.eps * noise, score)
+        return linalg.apply(linalg.scaled(self._eps, noise), score)
 
     # ---- sampling --------------------------------------------------------------------------------------------------
 

@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arrays import HALF, as_number
+from . import linalg
+from .arrays import HALF, as_number, as_tensor, refuse_forward_mode
 from .costs import Cost, MatrixCost
-from .errors import InvalidProblem
+from .errors import InvalidProblem, Unsupported
+from .linalg import Eps
 from .measures import Discrete, Gaussian, Measure, as_measure, suffix
 from .reference import Reference, Static, as_reference
 from .spread import natural_eps
@@ -35,7 +37,9 @@ class Problem:
     Attributes
     ----------
     mu, nu : the marginals, of one dtype, device and batch shape.
-    eps : variance of the reference path over [0, 1], in the units of the cost; the number that "auto" gave.
+    eps : variance of the reference path over [0, 1], in the units of the cost: a number, or ``(*b,)`` with one for each
+        problem of a batch; what "auto" gave.
+    eps_leaf : the tensor that eps was given as, where it wants a gradient.
     reference : the reference process, or a static cost.
     relax : ``(rho_mu, rho_nu)``, the strength of ``rho KL(marginal | given)``; infinite for a hard constraint.
     result_dtype : dtype of what a bridge returns; half precisions are computed in float32 and cast back.
@@ -44,11 +48,12 @@ class Problem:
 
     mu: Measure
     nu: Measure
-    eps: float
+    eps: Eps
     reference: Reference
     relax: tuple[float, float] = (INF, INF)
     result_dtype: torch.dtype = torch.float64
     notes: tuple[str, ...] = ()
+    eps_leaf: Tensor | None = None
 
     @classmethod
     def of(cls, mu: Any, nu: Any, eps: Any, reference: Any = None, cost: Any = None, relax: Any = None) -> Problem:
@@ -62,7 +67,7 @@ class Problem:
             as_measure(side, name, histogram=_histogram(side, charge, axis, name))
             for side, name, axis in ((mu, "mu", -2), (nu, "nu", -1))
         )
-        _check_devices(a, b, charge)
+        _check_devices(a, b, charge, eps)
         sources = [a.source_dtype, b.source_dtype]
         dtypes = [a.dtype, b.dtype]
         if isinstance(charge, MatrixCost):
@@ -74,8 +79,8 @@ class Problem:
         a, b, batch = _side_by_side(a, b, charge)
         if isinstance(charge, MatrixCost) and (charge.values.dtype != dtype or charge.batch_shape != batch):
             ref = Static(_fitted(charge, batch, dtype=dtype))
-        _check_range(epsilon, dtype)
-        problem = cls(a, b, epsilon, ref, rho, result, tuple(notes))
+        epsilon, leaf = _settle_eps(epsilon, a)
+        problem = cls(a, b, epsilon, ref, rho, result, tuple(notes), leaf)
         problem._check_shapes()
         coarsest = max(torch.finfo(source).eps for source in sources)
         problem = problem._balance(coarsest) if rho == (INF, INF) else problem
@@ -83,9 +88,8 @@ class Problem:
 
     def with_eps(self, eps: Any) -> Problem:
         """The same problem with another eps; raises `InvalidProblem` as `of` does."""
-        epsilon = check_eps(eps)
-        _check_range(epsilon, self.dtype)
-        return replace(self, eps=epsilon)
+        epsilon, leaf = _settle_eps(check_eps(eps), self.mu)
+        return replace(self, eps=epsilon, eps_leaf=leaf)
 
     # ---- what solvers and bridges read -----------------------------------------------------------------------------
 
@@ -93,6 +97,25 @@ class Problem:
     def cost(self) -> Cost:
         """The cost the reference charges."""
         return self.reference.cost()
+
+    @property
+    def free_eps(self) -> Eps:
+        """`eps` with its graph."""
+        return self.eps if self.eps_leaf is None else self.eps_leaf
+
+    @property
+    def one_eps(self) -> float:
+        """`eps` where it is one number; raises `Unsupported` for a batch with several."""
+        if isinstance(self.eps, Tensor):
+            raise Unsupported("each problem of the batch has its own eps; solve the problems one by one")
+        return self.eps
+
+    @property
+    def said_eps(self) -> str:
+        """`eps` in a few characters."""
+        if not isinstance(self.eps, Tensor):
+            return f"{self.eps:g}"
+        return f"{float(self.eps.min()):g}..{float(self.eps.max()):g}"
 
     @property
     def sites(self) -> tuple[Tensor, Tensor]:
@@ -120,11 +143,11 @@ class Problem:
         """Device of the computation."""
         return self.mu.device
 
-    def log_normaliser(self) -> Tensor:
-        """``log Z`` of the reference's transition density, see `Reference.log_normaliser`."""
+    def log_normaliser(self, eps: Eps | None = None) -> Tensor:
+        """``log Z`` of the reference's transition density, see `Reference.log_normaliser`; ``eps`` may be `free_eps`."""
         like = torch.empty((), dtype=self.dtype, device=self.device)
         return self.reference.log_normaliser(
-            math.prod(self.mu.event_shape) if self.mu.event_shape else 0, self.eps, like
+            math.prod(self.mu.event_shape) if self.mu.event_shape else 0, self.eps if eps is None else eps, like
         )
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Problem:
@@ -132,8 +155,11 @@ class Problem:
         reference = self.reference
         if isinstance(self.cost, MatrixCost):
             reference = Static(_fitted(self.cost, self.batch_shape, dtype=dtype, device=device))
+        eps, leaf = self.eps, self.eps_leaf
         moved = replace(
             self,
+            eps=eps.to(dtype=dtype, device=device) if isinstance(eps, Tensor) else eps,
+            eps_leaf=None if leaf is None else leaf.to(dtype=dtype, device=device),
             mu=self.mu.to(dtype=dtype, device=device),
             nu=self.nu.to(dtype=dtype, device=device),
             reference=reference,
@@ -146,9 +172,10 @@ class Problem:
         """One problem of a batch, without padding; a shorter ``index`` picks along the first batch dimensions."""
         assert isinstance(self.mu, (Discrete, Gaussian)) and isinstance(self.nu, (Discrete, Gaussian))
         mu, nu, reference = self.mu.pick(index), self.nu.pick(index), self.reference
+        leaf = self.eps_leaf if self.eps_leaf is None or not self.eps_leaf.ndim else self.eps_leaf[index]
         if isinstance(self.cost, MatrixCost) and isinstance(mu, Discrete) and isinstance(nu, Discrete):
             reference = Static(self.cost.pick(index, mu.n, nu.n))
-        return replace(self, mu=mu, nu=nu, reference=reference, eps=_part(self.eps, index))
+        return replace(self, mu=mu, nu=nu, reference=reference, eps=_part(self.eps, index), eps_leaf=leaf)
 
     # ---- checks ----------------------------------------------------------------------------------------------------
 
@@ -162,9 +189,9 @@ class Problem:
     def _automatic(self) -> Problem:
         """With eps from the spread of the cost, and a note that says so."""
         each, of_what = natural_eps(self.mu, self.nu, self.cost)
-        problem = self.with_eps(float(each.mean()))
-        over = "; the mean over the batch" if self.batch_shape else ""
-        note = f'eps="auto": {problem.eps:.3g}, a twentieth of {of_what}{over}'
+        problem = self.with_eps(each if self.batch_shape else float(each))
+        said = " to ".join(dict.fromkeys(f"{float(end):.3g}" for end in torch.aminmax(each)))
+        note = f'eps="auto": {said}, a twentieth of {of_what}{" of each problem" if self.batch_shape else ""}'
         return replace(problem, notes=(*self.notes, note))
 
     def _check_shapes(self) -> None:
@@ -290,7 +317,7 @@ def _histogram(side: Any, cost: Cost, axis: int, name: str) -> int:
     return dims if weights else 0
 
 
-def _part(eps: Any, index: tuple[int, ...]) -> Any:
+def _part(eps: Eps, index: tuple[int, ...]) -> Eps:
     """What a problem of a batch has of eps: the number for all, or its own."""
     if not isinstance(eps, Tensor) or not eps.ndim:
         return eps
@@ -305,21 +332,55 @@ def _promote(dtypes: list[torch.dtype]) -> torch.dtype:
     return result
 
 
-def check_eps(eps: Any) -> float:
+def check_eps(eps: Any) -> Eps:
+    """A number, or a tensor: of one dimension at least, or one that wants a gradient."""
     if isinstance(eps, str):
         raise InvalidProblem(f"eps is the string {eps!r}; give a number > 0 in the units of the cost, or 'auto'")
-    number = as_number(eps, "eps")
+    if isinstance(eps, (list, tuple)) or getattr(eps, "ndim", 0) > 0:
+        each = as_tensor(eps, "eps", like=torch.zeros((), dtype=torch.float64, device="cpu"))
+        refuse_forward_mode(each)
+        values = each.detach()
+        bad = torch.nonzero(~((values > 0) & torch.isfinite(values)))
+        if len(bad):
+            where = tuple(bad[0].tolist())
+            raise InvalidProblem(
+                f"eps is {float(values[where]):g} in problem {_index(where)} of the batch; give finite numbers > 0 in the "
+                "units of the cost"
+            )
+        return each
+    wanted = isinstance(eps, Tensor) and eps.requires_grad
+    number = as_number(eps.detach() if wanted else eps, "eps")
     if number == 0:
         raise InvalidProblem("eps is 0, which is unregularised transport; give eps > 0, or use ot.emd from POT")
     if number < 0 or number == INF:
         raise InvalidProblem(f"eps is {number}; give a finite number > 0 in the units of the cost")
-    return number
+    return as_tensor(eps, "eps") if wanted else number
 
 
-def _check_range(eps: float, dtype: torch.dtype) -> None:
-    least = 4 / torch.finfo(dtype).max
-    if not least < eps < 1 / least:
-        raise InvalidProblem(f"eps is {eps}, outside the range of {dtype}; rescale the points and eps, or use float64")
+def _settle_eps(eps: Eps, mu: Measure) -> tuple[Eps, Tensor | None]:
+    """eps as the computation wants it, and the tensor that wants its gradient, checked against mu."""
+    leaf = eps.to(dtype=mu.dtype, device=mu.device) if isinstance(eps, Tensor) and eps.requires_grad else None
+    if isinstance(eps, Tensor) and eps.ndim:
+        want = mu.batch_shape
+        if tuple(eps.shape) != want:
+            shape = f"the batch {want}; give a number, or shape {want}" if want else "a single problem; give a number"
+            raise InvalidProblem(f"eps has shape {tuple(eps.shape)} for {shape}")
+    least = 4 / torch.finfo(mu.dtype).max
+    values = torch.as_tensor(linalg.plain(eps), dtype=torch.float64)
+    out = torch.nonzero(~((values > least) & (values < 1 / least)))
+    if len(out):
+        where = tuple(out[0].tolist())
+        which = f" in problem {_index(where)} of the batch" if where else ""
+        raise InvalidProblem(
+            f"eps is {float(values[where]):g}{which}, outside the range of {mu.dtype}; rescale the points and eps, or use "
+            "float64"
+        )
+    plain = linalg.plain(eps)
+    return plain.to(dtype=mu.dtype, device=mu.device).clone() if isinstance(plain, Tensor) else plain, leaf
+
+
+def _index(where: tuple[int, ...]) -> str:
+    return str(where[0]) if len(where) == 1 else str(where)
 
 
 def _check_relax(relax: Any) -> tuple[float, float]:
@@ -334,8 +395,10 @@ def _check_relax(relax: Any) -> tuple[float, float]:
     return rho
 
 
-def _check_devices(mu: Measure, nu: Measure, cost: Cost) -> None:
+def _check_devices(mu: Measure, nu: Measure, cost: Cost, eps: Any) -> None:
     places = {"mu": mu.device, "nu": nu.device}
+    if isinstance(eps, Tensor) and eps.ndim:
+        places["eps"] = eps.device
     if isinstance(cost, MatrixCost):
         places["cost"] = cost.values.device
     if len(set(places.values())) > 1:

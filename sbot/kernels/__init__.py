@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import linalg
+from ..arrays import refuse_forward_mode
 from ..costs import Cost, MatrixCost
-from .base import COPIES, FLOOR, LogKernel, Pass
+from .base import COPIES, FLOOR, LogKernel, Pass, share_of, weigh
 from .conditionals import Conditionals
 from .dense import DenseKernel
 from .memory import require_memory
@@ -25,7 +26,9 @@ __all__ = [
     "TiledKernel",
     "make_kernel",
     "require_memory",
+    "share_of",
     "store",
+    "weigh",
 ]
 
 #: Dimensions up to which a cost that embeds is computed anew each time.
@@ -38,6 +41,7 @@ def make_kernel(cost: Cost, x: Tensor, y: Tensor, *, memory: int = 0) -> LogKern
     A cost that embeds in a few dimensions is as quickly computed as read, and never stored.  The budget counts the matrix
     and the conditional laws that a solver keeps beside it.  A cost that was given as a matrix is stored already.
     """
+    refuse_forward_mode(x, y, cost.values if isinstance(cost, MatrixCost) else None)
     if isinstance(cost, MatrixCost):
         return DenseKernel(cost.matrix(x, y), cost.batch_shape)
     tiled = TiledKernel(cost, x, y)

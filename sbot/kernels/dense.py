@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import final
 
 import torch
@@ -35,6 +35,9 @@ class DenseKernel(LogKernel):
     def take(self, index: Tensor) -> DenseKernel:
         own = self.stored.ndim == self.matrix.ndim
         return DenseKernel(self.stored[index] if own else self.stored, (len(index), *self.batch_shape[1:]))
+
+    def on(self, leaves: Sequence[Tensor]) -> DenseKernel:
+        return DenseKernel(leaves[0], self.batch_shape)
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:

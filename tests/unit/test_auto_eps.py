@@ -116,11 +116,13 @@ def test_a_flat_cost_falls_back_to_its_size():
         sbot.solve_bridge(point, point, "auto")
 
 
-def test_a_batch_takes_the_mean(generator):
+def test_each_problem_of_a_batch_has_its_own(generator):
     x, y = clouds(10, 12, 2, generator, (3,))
     alone = [sbot.Problem.of(x[k], y[k], "auto").eps for k in range(3)]
     batch = sbot.Problem.of(x, y, "auto")
-    assert float(torch.as_tensor(batch.eps).mean()) == pytest.approx(np.mean(alone))
+    assert batch.eps.tolist() == pytest.approx(alone)
+    note = f'eps="auto": {min(alone):.3g} to {max(alone):.3g}, a twentieth of the standard deviation of the cost of each problem'
+    assert batch.notes == (note,)
     # a problem whose cost is zero has no scale of its own
     x[0], y[0] = 0.0, 0.0
     each, _ = spread.natural_eps(sbot.Discrete(x), sbot.Discrete(y), sbot.Quadratic())

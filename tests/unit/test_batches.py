@@ -241,6 +241,24 @@ def test_a_part_of_a_differentiable_batch(data):
     torch.testing.assert_close(leaf.grad[1], single.grad, atol=1e-8, rtol=0)
 
 
+def test_a_part_has_its_own_eps_and_tolerance(data):
+    x, y, a, b = data
+    eps = torch.tensor([0.1, 0.3, 1.0], dtype=torch.float64)
+    batch = sbot.solve_bridge((x, a), (y, b), eps, solver=TIGHT)
+    same(batch, [sbot.solve_bridge((x[k], a[k]), (y[k], b[k]), float(eps[k]), solver=TIGHT) for k in range(B)])
+    assert [part.problem.eps for part in batch] == eps.tolist()
+    shared = sbot.solve_bridge(a, b, eps, cost=half_squares(x[0], y[0]).requires_grad_(), solver=TIGHT)
+    same(
+        shared,
+        [sbot.solve_bridge(a[k], b[k], float(eps[k]), cost=half_squares(x[0], y[0]), solver=TIGHT) for k in range(B)],
+    )
+    coarse = sbot.solve_bridge(x.float(), y.float(), torch.tensor([1e-5, 0.3, 1.0]), solver=sbot.Sinkhorn(max_iter=300))
+    for k, part in enumerate(coarse):
+        assert part.report.tolerance == coarse.report.tolerances[k]
+        assert part.report.error == coarse.report.errors[k]
+    assert coarse.report.tolerances[0] > coarse.report.tolerances[1] == coarse.report.tolerances[2]
+
+
 def test_indices(data):
     x, y, _, _ = data
     batch = sbot.solve_bridge(x.expand(2, B, N, 2), y, 0.5)
