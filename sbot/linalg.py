@@ -32,6 +32,11 @@ def scaled(eps: Eps, op: Tensor) -> Tensor:
     return along(eps, 2) * op
 
 
+def as_eps(eps: Eps, like: Tensor) -> Tensor:
+    """``eps`` as a tensor with the dtype and device of ``like``."""
+    return eps.to(like) if isinstance(eps, Tensor) else torch.tensor(eps, dtype=like.dtype, device=like.device)
+
+
 def plain(eps: Eps) -> Eps:
     """``eps`` without its graph; a number where there is one."""
     if not isinstance(eps, Tensor):
@@ -83,11 +88,15 @@ class _SqrtPSD(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, matrix: Tensor) -> Tensor:
+    def forward(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         values, vectors = torch.linalg.eigh(matrix)
         roots = values.clamp(min=0).sqrt()
-        ctx.save_for_backward(roots, vectors)
-        return (vectors * roots[..., None, :]) @ vectors.mT
+        return (vectors * roots[..., None, :]) @ vectors.mT, roots, vectors
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[1:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
@@ -99,7 +108,8 @@ class _SqrtPSD(torch.autograd.Function):
 
 def sqrtm(matrix: Tensor) -> Tensor:
     """Symmetric square root of a positive semi-definite matrix ``(..., d, d)``; singular is legal, differentiable."""
-    return _SqrtPSD.apply(symmetrise(matrix))  # type: ignore[no-untyped-call]
+    root: Tensor = _SqrtPSD.apply(symmetrise(matrix))[0]  # type: ignore[no-untyped-call]
+    return root
 
 
 def symmetrise(matrix: Tensor) -> Tensor:

@@ -366,7 +366,7 @@ def _settle_eps(eps: Eps, mu: Measure) -> tuple[Eps, Tensor | None]:
             shape = f"the batch {want}; give a number, or shape {want}" if want else "a single problem; give a number"
             raise InvalidProblem(f"eps has shape {tuple(eps.shape)} for {shape}")
     least = 4 / torch.finfo(mu.dtype).max
-    values = torch.as_tensor(linalg.plain(eps), dtype=torch.float64)
+    values = linalg.as_eps(linalg.plain(eps), torch.empty((), dtype=torch.float64, device=mu.device))
     out = torch.nonzero(~((values > least) & (values < 1 / least)))
     if len(out):
         where = tuple(out[0].tolist())

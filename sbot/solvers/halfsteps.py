@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..coupling import damping, dual_term
 from ..kernels import FLOOR, Conditionals, LogKernel
-from ..linalg import Eps, along
+from ..linalg import Eps, along, as_eps
 
 #: after a look at the error: total iterations so far and the error; returns whether to stop
 Check = Callable[[int, float], bool]
@@ -134,7 +134,7 @@ class State:
     def worst(self, tolerance: float) -> tuple[float, float]:
         """The true error and tolerance of the problem that is furthest from its tolerance."""
         errors = self.errors()
-        slack = torch.as_tensor(self.slack).to(errors).expand(errors.shape).flatten()
+        slack = as_eps(self.slack, errors).expand(errors.shape).flatten()
         k = int(errors.argmax())
         return float(errors.flatten()[k] * slack[k]), float(tolerance * slack[k])
 

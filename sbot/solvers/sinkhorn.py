@@ -18,7 +18,7 @@ from ..costs import MatrixCost
 from ..diffusion import Intractable
 from ..errors import InvalidProblem, NotConverged, NumericalError, PrecisionWarning
 from ..kernels import Conditionals, DenseKernel, make_kernel
-from ..linalg import Eps
+from ..linalg import Eps, as_eps
 from ..measures import Discrete
 from ..potential_bridge import PotentialBridge
 from ..potentials import Atoms
@@ -172,7 +172,7 @@ class Sinkhorn(Solver):
         g = torch.zeros_like(nu.weights)
         if init is not None:
             g = _warm(problem, init)
-            mean = mean.clamp(max=torch.as_tensor(init.problem.eps, dtype=mean.dtype, device=mean.device))
+            mean = mean.clamp(max=as_eps(init.problem.eps, mean))
         start = START * mean.to(problem.dtype) if isinstance(eps, Tensor) else START * float(mean.max())
         stages = [(eps, goal.tolerance)]
         if self.anneal is not None:

@@ -80,8 +80,8 @@ BAD = [
     (lambda: sbot.solve_bridge(X, Y, INF), "eps is inf"),
     (lambda: sbot.solve_bridge(X, Y, "small"), "eps is the string 'small'"),
     (lambda: sbot.solve_bridge(X, Y, True), "eps must be a real number, not bool"),
-    (lambda: sbot.solve_bridge(X, Y, [0.1]), "eps must be a real number, not list"),
-    (lambda: sbot.solve_bridge(X, Y, torch.tensor([0.1])), "eps must be a real number, not Tensor"),
+    (lambda: sbot.solve_bridge(X, Y, [0.1]), "eps has shape \\(1,\\) for a single problem"),
+    (lambda: sbot.solve_bridge(X, Y, torch.tensor([0.1])), "eps has shape \\(1,\\) for a single problem"),
     (lambda: sbot.solve_bridge(X, Y, None), "eps must be a real number, not NoneType"),
     # relax
     (lambda: sbot.solve_bridge(X, Y, 0.1, relax=0.0), r"relax is \(0.0, 0.0\); give numbers > 0"),
