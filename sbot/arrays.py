@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
 
-from .errors import InvalidProblem
+from .errors import InvalidProblem, Unsupported
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (*HALF, torch.float32, torch.float64)
@@ -59,7 +62,32 @@ def _refuse(obj: Any, name: str) -> None:
         raise InvalidProblem(f"{name} is a {kind} of tensors; pass torch.stack({name})")
 
 
+def refuse_vmap(tensor: Tensor, name: str) -> None:
+    """Raise `Unsupported` for a tensor that `torch.vmap` has taken a dimension of, under other transforms too."""
+    while _functorch.is_functorch_wrapped_tensor(tensor) or _functorch.is_legacy_batchedtensor(tensor):
+        if not _functorch.is_gradtrackingtensor(tensor):
+            raise Unsupported(
+                f"{name} is inside torch.vmap, and solves decide by their numbers when to stop; give the problems as a batch, "
+                "(*b, n, d) points, and for a Jacobian take its rows one by one: torch.func.jacrev(f, chunk_size=1)"
+            )
+        tensor = _functorch.get_unwrapped(tensor)
+
+
+def refuse_forward_mode(*tensors: Tensor | None) -> None:
+    """Raise `Unsupported` for tensors with a tangent, under other transforms too."""
+    for tensor in tensors:
+        while tensor is not None:
+            if forward_ad.unpack_dual(tensor).tangent is not None:
+                raise Unsupported(
+                    "plans between atoms have reverse-mode derivatives only, not those of torch.func.jvp, jacfwd and hessian; "
+                    "use torch.func.grad, vjp or jacrev(f, chunk_size=1), the last one on the gradient of "
+                    "bridge.differentiable().cost() for a Hessian"
+                )
+            tensor = _functorch.get_unwrapped(tensor) if _functorch.is_functorch_wrapped_tensor(tensor) else None
+
+
 def _from_tensor(tensor: Tensor, name: str, weak: torch.dtype) -> Tensor:
+    refuse_vmap(tensor, name)
     if tensor.layout != torch.strided:
         raise InvalidProblem(f"{name} is a sparse tensor; pass {name}.to_dense()")
     if tensor.dtype.is_complex or tensor.dtype == torch.bool or tensor.is_quantized:
@@ -89,6 +117,9 @@ def as_number(value: Any, name: str) -> float:
     """Convert a real scalar (or 0-d array) to a float; raise `InvalidProblem` for anything else."""
     if isinstance(value, Tensor) and value.requires_grad:
         raise InvalidProblem(f"{name} wants a gradient, and numbers have none here; pass float({name})")
+    if isinstance(value, Tensor):
+        refuse_vmap(value, name)
+        refuse_forward_mode(value)
     if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 0:
         value = value.item()
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (numbers.Real, np.number)):
@@ -135,6 +166,14 @@ def as_index(obj: Any, n: int, name: str, device: torch.device) -> Tensor:
     if len(index) and (int(index.min()) < -n or int(index.max()) >= n):
         raise InvalidProblem(f"{name} go from {int(index.min())} to {int(index.max())} and there are {n}")
     return index % n
+
+
+def once(tensor: Tensor, change: Callable[[Tensor], Tensor], keep: int) -> Tensor:
+    """``change(tensor)``; leading dimensions, before the last ``keep``, that show one block many times stay views of one."""
+    base = tensor
+    while base.ndim > keep and base.stride(0) == 0 and not base.requires_grad:
+        base = base[0]
+    return change(base).expand(tensor.shape)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

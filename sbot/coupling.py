@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from . import implicit, linalg
-from .arrays import as_index
+from .arrays import as_index, refuse_vmap
 from .bounds import Bounds, lower_bound
 from .costs import MatrixCost
 from .errors import InvalidProblem, Unsupported
 from .gaussian import GaussianPlan, couple
-from .kernels import COPIES, DenseKernel, LogKernel, make_kernel, require_memory
+from .kernels import COPIES, DenseKernel, LogKernel, make_kernel, require_memory, weigh
+from .linalg import Eps, along
 from .measures import Discrete, Gaussian, Measure, categorical
 from .metrics import Estimate
 from .potentials import Atoms, Potential
@@ -80,6 +81,16 @@ class Coupling(ABC):
         """``P v`` or ``P' v`` for ``(*b, m, p)``."""
         raise Unsupported(ATOMS_ONLY)
 
+    def perplexity(self) -> Tensor:
+        """``exp`` of the entropy of each row, ``(*b, n)``."""
+        raise Unsupported(ATOMS_ONLY)
+
+    def information(self) -> Tensor:
+        """``KL(P | mu x nu)``, ``(*b,)``."""
+        raise Unsupported(
+            "the information of a plan that is known by its samples is not; solve with Sinkhorn on samples"
+        )
+
     @abstractmethod
     def between(self, t: float) -> Measure | None:
         """The law at ``0 < t < 1`` where it has a name, else None."""
@@ -92,10 +103,10 @@ class DiscreteCoupling(Coupling):
     def __init__(self, problem: Problem, phi: Atoms, psi: Atoms) -> None:
         assert isinstance(problem.mu, Discrete) and isinstance(problem.nu, Discrete)
         self.problem, self.eps = problem, problem.eps
-        log_z = problem.log_normaliser()
-        left, right = phi.log_weights, psi.log_weights - log_z
         #: attached potentials follow the data; else they are constants
-        self._attached = left.requires_grad or right.requires_grad
+        self._attached = phi.log_weights.requires_grad or psi.log_weights.requires_grad
+        log_z = problem.log_normaliser(problem.free_eps if self._attached else problem.eps)
+        left, right = phi.log_weights, psi.log_weights - log_z
         self._free, self._logs = (left, right), (left.detach(), right.detach())
         self._mu, self._nu = problem.mu, problem.nu
 
@@ -103,44 +114,47 @@ class DiscreteCoupling(Coupling):
         return make_kernel(self.problem.cost, *(site.detach() for site in self.problem.sites))
 
     @property
-    def damp(self) -> tuple[float, float]:
-        """``rho / (rho + eps)`` of both sides."""
-        return damping(self.problem.relax[0], self.eps), damping(self.problem.relax[1], self.eps)
+    def damp(self) -> tuple[Eps, Eps]:
+        """``rho / (rho + eps)`` of both sides, as they multiply potentials."""
+        unit = along(self.eps, 1)
+        return damping(self.problem.relax[0], unit), damping(self.problem.relax[1], unit)
 
     def attached(self, unroll: int | None) -> tuple[Atoms, Atoms]:
         """The potentials as functions of the data, see `PotentialBridge.differentiable`."""
         a, b, (x, y) = self._mu.weights, self._nu.weights, self.problem.sites
-        for name, w in (("mu", a), ("nu", b)):
-            if w.requires_grad and bool((w == 0).any()):
+        for name, side in (("mu", self._mu), ("nu", self._nu)):
+            if side.weights.requires_grad and bool(((side.weights == 0) & side.mask).any()):
                 raise InvalidProblem(f"{name} has weights that are zero and want a gradient; drop these atoms")
         f, g = (torch.where(torch.isfinite(part), part, 0.0) for part in self.dual_values())
-        kernel = make_kernel(self.problem.cost, x, y)
+        kernel, eps = make_kernel(self.problem.cost, x, y), self.problem.free_eps
+        unit = along(eps, 1)
         if unroll is None:
-            f, g = implicit.potentials(kernel, self.damp, self.eps, f, g, a, b)
+            f, g = implicit.potentials(kernel, self.problem.relax, eps, f, g, a, b)
         else:
             f, g = f.detach(), g.detach()
+            scale = [damping(rho, unit) * unit for rho in self.problem.relax]
             for _ in range(unroll):
-                g = -self.damp[1] * self.eps * kernel.T.reduce(a.log() + f / self.eps, self.eps)[0]
-                f = -self.damp[0] * self.eps * kernel.reduce(b.log() + g / self.eps, self.eps)[0]
+                g = -scale[1] * kernel.T.reduce(a.log() + f / unit, eps)[0]
+                f = -scale[0] * kernel.reduce(b.log() + g / unit, eps)[0]
         numbered = not x.dtype.is_floating_point
         at_x, at_y = self.problem.values
         return (
-            Atoms(x, _log_weights(a, f, self.eps), at_x if numbered else None),
-            Atoms(y, _log_weights(b, g, self.eps) + self.problem.log_normaliser(), at_y if numbered else None),
+            Atoms(x, _log_weights(a, f, unit), at_x if numbered else None),
+            Atoms(y, _log_weights(b, g, unit) + self.problem.log_normaliser(eps), at_y if numbered else None),
         )
 
     def dual_values(self) -> tuple[Tensor, Tensor]:
         """``f`` and ``g`` at the atoms; atoms of zero weight take the value of the c-transform."""
-        kernel = self._kernel()
+        kernel, unit = self._kernel(), along(self.eps, 1)
         out = []
-        for side, (weights, here, there, rho) in enumerate(
-            zip((self._mu.weights, self._nu.weights), self._logs, self._logs[::-1], self.problem.relax, strict=True)
+        for side, (weights, here, there, damp) in enumerate(
+            zip((self._mu.weights, self._nu.weights), self._logs, self._logs[::-1], self.damp, strict=True)
         ):
             live = weights.detach() > 0
-            f = self.eps * (here - weights.detach().log())
+            f = unit * (here - weights.detach().log())
             if not bool(live.all()):
                 transform = (kernel if side == 0 else kernel.T).reduce(there, self.eps)[0]
-                f = torch.where(live, f, -damping(rho, self.eps) * self.eps * transform)
+                f = torch.where(live, f, -damp * unit * transform)
             out.append(f)
         return out[0], out[1]
 
@@ -148,12 +162,12 @@ class DiscreteCoupling(Coupling):
         """`dual_values` that follow the data, up to a constant that is settled by ``<a, f> = <b, g>`` where all is hard."""
         if not self._attached:
             return self.dual_values()
-        out = []
+        out, unit = [], along(self.problem.free_eps, 1)
         for weights, log, value in zip(
             (self._mu.weights, self._nu.weights), self._free, self.dual_values(), strict=True
         ):
             live = weights > 0
-            moving = self.eps * (log - torch.where(live, weights, 1.0).log())
+            moving = unit * (log - torch.where(live, weights, 1.0).log())
             out.append(torch.where(live, torch.where(live, moving, 0.0), value))
         f, g = out
         if self.problem.relax == (math.inf, math.inf):
@@ -169,7 +183,8 @@ class DiscreteCoupling(Coupling):
             if rows is not None:
                 index = as_index(rows, self._mu.n, "rows", left.device)
                 left, x = left[..., index], x[index] if not x.dtype.is_floating_point else x[..., index, :]
-            return torch.exp(left[..., None] + right[..., None, :] - self.problem.cost.matrix(x, y) / self.eps)
+            c = self.problem.cost.matrix(x, y) / along(self.problem.free_eps, 2)
+            return torch.exp(left[..., None] + right[..., None, :] - c)
         return self._plan(rows)
 
     @torch.no_grad()
@@ -189,7 +204,7 @@ class DiscreteCoupling(Coupling):
         require_memory(size, kernel.device, f"a dense plan of shape {kernel.shape}", "ask for plan(rows=...) in parts")
         out = torch.empty((*kernel.batch_shape, *kernel.shape), dtype=kernel.dtype, device=kernel.device)
         for tile in kernel.tiles():
-            part = torch.add(right[..., None, :], kernel.entries(tile), alpha=-1 / self.eps, out=out[..., tile, :])
+            part = weigh(kernel.entries(tile), right, self.eps, out[..., tile, :])
             part.add_(left[..., tile, None]).exp_()
         return out
 
@@ -200,7 +215,7 @@ class DiscreteCoupling(Coupling):
             raise Unsupported(
                 "the plan has no mass left to draw from or to look at; raise relax or bring the points nearer"
             )
-        return Discrete(self._mu.points, a), Discrete(self._nu.points, b)
+        return self._mu.reweighted(a), self._nu.reweighted(b)
 
     def target_marginals(self) -> tuple[Tensor, Tensor]:
         """``a e^{-f / rho}`` and ``b e^{-g / rho}``: what the marginals are at the solution."""
@@ -228,37 +243,45 @@ class DiscreteCoupling(Coupling):
         """The dual with second derivatives, see `_Value`."""
         (f, g), (x, y) = self.attached_values(), self.problem.sites
         leaves = make_kernel(self.problem.cost, x, y).leaves
-        value = _Value.apply(self, f, g, self._mu.weights, self._nu.weights, *leaves)  # type: ignore[no-untyped-call]
+        eps, a, b = self.problem.free_eps, self._mu.weights, self._nu.weights
+        value = _Value.apply(self, f, g, eps, a, b, *leaves)  # type: ignore[no-untyped-call]
         return value
 
-    def written_out(self, f: Tensor, g: Tensor, a: Tensor, b: Tensor, leaves: tuple[Tensor, ...]) -> Tensor:
+    def written_out(self, f: Tensor, g: Tensor, eps: Eps, a: Tensor, b: Tensor, *leaves: Tensor) -> Tensor:
         """The dual objective as one dense expression of everything it depends on."""
-        eps, cost = self.eps, self.problem.cost
+        cost = self.problem.cost
         c = leaves[0] if isinstance(cost, MatrixCost) else cost.written_out(leaves[0], leaves[1])
-        mass = (a[..., :, None] * b[..., None, :] * torch.exp((f[..., :, None] + g[..., None, :] - c) / eps)).sum(
-            (-2, -1)
-        )
+        mass = (
+            a[..., :, None] * b[..., None, :] * torch.exp((f[..., :, None] + g[..., None, :] - c) / along(eps, 2))
+        ).sum((-2, -1))
         whole = a.sum(-1) * b.sum(-1)
         terms = (a * dual_term(f, self.problem.relax[0])).sum(-1) + (b * dual_term(g, self.problem.relax[1])).sum(-1)
         return terms - eps * (mass - whole)
 
     def _envelope(self) -> Tensor:
-        eps, (rho_a, rho_b) = self.eps, self.problem.relax
-        a, b = self._mu.weights, self._nu.weights
+        (x, y), (f, g) = self.problem.sites, self.dual_values()
+        leaves = make_kernel(self.problem.cost, x, y).leaves
+        return self.envelope(f, g, self.problem.free_eps, self._mu.weights, self._nu.weights, *leaves)
+
+    def envelope(self, f: Tensor, g: Tensor, eps: Eps, a: Tensor, b: Tensor, *leaves: Tensor) -> Tensor:
+        """The dual objective at constants f and g, with streamed derivatives in the rest."""
+        rho_a, rho_b = self.problem.relax
         # an atom of zero weight that no pair reaches has an infinite potential and no part in the value
-        f, g = (torch.where(torch.isfinite(part), part, 0.0) for part in self.dual_values())
-        x, y = self.problem.sites
-        lse = make_kernel(self.problem.cost, x, y).reduce(self._logs[1], eps)[0]
-        density = torch.exp(f / eps + lse)  # row sums of P over a
+        f, g = (torch.where(torch.isfinite(part), part, 0.0) for part in (f.detach(), g.detach()))
+        kernel = make_kernel(self.problem.cost, *(site.detach() for site in self.problem.sites)).on(leaves)
+        held, unit = linalg.plain(eps), along(eps, 1)
+        lse = kernel.reduce(_log_weights(b.detach(), g, unit), eps)[0]
+        density = torch.exp(f / unit + lse)  # row sums of P over a
         mass_a, mass_b = a.detach().sum(-1, keepdim=True), b.detach().sum(-1, keepdim=True)
-        slope_a = dual_term(f, rho_a) + eps * (mass_b - density.detach())
-        total = (a.detach() * (dual_term(f, rho_a) + eps * (mass_b - density))).sum(-1)
+        slope_a = dual_term(f, rho_a) + along(held, 1) * (mass_b - density.detach())
+        total = (a.detach() * (dual_term(f, rho_a) + unit * (mass_b - density))).sum(-1)
         total = total + (b.detach() * dual_term(g, rho_b)).sum(-1)
         if torch.is_grad_enabled() and a.requires_grad:
             total = total + ((a - a.detach()) * slope_a).sum(-1)
         if torch.is_grad_enabled() and b.requires_grad:
-            back = self._kernel().T.reduce(self._logs[0], eps)[0]
-            slope_b = dual_term(g, rho_b) + eps * (mass_a - torch.exp(g / eps + back))
+            held_kernel = kernel.on([leaf.detach() for leaf in leaves])
+            back = held_kernel.T.reduce(_log_weights(a.detach(), f, along(held, 1)), held)[0]
+            slope_b = dual_term(g, rho_b) + along(held, 1) * (mass_a - torch.exp(g / along(held, 1) + back))
             total = total + ((b - b.detach()) * slope_b).sum(-1)
         return total
 
@@ -268,7 +291,7 @@ class DiscreteCoupling(Coupling):
         kernel.copies = COPIES
         for rows in kernel.tiles():
             c = kernel.entries(rows).double()
-            yield rows, left[..., rows, None].double() + right[..., None, :].double() - c / self.eps, c
+            yield rows, left[..., rows, None].double() + right[..., None, :].double() - c / along(self.eps, 2), c
 
     def linear_cost(self) -> Tensor:
         if self._attached and torch.is_grad_enabled():
@@ -341,7 +364,7 @@ class DiscreteCoupling(Coupling):
         kernel, right = self._kernel_of(rows), self._logs[1]
         kernel.copies = COPIES
         columns = [
-            categorical(right[..., None, :] - kernel.entries(tile) / self.eps, 1, generator)[..., 0]
+            categorical(right[..., None, :] - kernel.entries(tile) / along(self.eps, 2), 1, generator)[..., 0]
             for tile in kernel.tiles()
         ]
         return rows, torch.cat(columns, -1)
@@ -384,7 +407,9 @@ class DiscreteCoupling(Coupling):
     @torch.no_grad()
     def top_logits(self, k: int) -> tuple[Tensor, Tensor]:
         kernel, right = self._kernel(), self._logs[1]
-        best = [(right[..., None, :] - kernel.entries(rows) / self.eps).topk(k, -1) for rows in kernel.tiles()]
+        best = [
+            (right[..., None, :] - kernel.entries(rows) / along(self.eps, 2)).topk(k, -1) for rows in kernel.tiles()
+        ]
         return torch.cat([part.values for part in best], -2), torch.cat([part.indices for part in best], -2)
 
     @torch.no_grad()
@@ -418,9 +443,27 @@ class DiscreteCoupling(Coupling):
         parts = [law @ v for _, law in kernel.softmax_tiles(there, self.eps, lse)]
         return torch.exp(here + lse)[..., None] * torch.cat(parts, -2)
 
+    @torch.no_grad()
+    def perplexity(self) -> Tensor:
+        kernel, right = self._kernel(), self._logs[1]
+        lse = kernel.reduce(right, self.eps)[0]
+        laws = kernel.softmax_tiles(right, self.eps, lse)
+        entropy = torch.cat([torch.special.entr(law).sum(-1, dtype=torch.float64) for _, law in laws], -1)
+        return torch.where(lse == -torch.inf, 0.0, entropy.exp()).to(lse)
 
-def _log_weights(weights: Tensor, potential: Tensor, eps: float) -> Tensor:
-    """``log w + f / eps``; the logarithm of zero is kept out of the graph."""
+    @torch.no_grad()
+    def information(self) -> Tensor:
+        a, b = (m.weights.detach().double() for m in (self._mu, self._nu))
+        total = torch.zeros(self.problem.batch_shape, dtype=torch.float64, device=self.problem.device)
+        for rows, log_p, _ in self._tiles(*self._logs):
+            p, q = log_p.exp(), a[..., rows, None] * b[..., None, :]
+            # an entry too small to be written is 0, and its logarithm is kept out
+            total += (torch.where(p > 0, p * (log_p - q.log()), 0.0) - p + q).sum((-2, -1))
+        return total.to(self.problem.dtype)
+
+
+def _log_weights(weights: Tensor, potential: Tensor, eps: Eps) -> Tensor:
+    """``log w + f / eps`` for an eps along the potential; the logarithm of zero is kept out of the graph."""
     live = weights > 0
     return torch.where(live, torch.where(live, weights, 1.0).log() + potential / eps, -torch.inf)
 
@@ -433,26 +476,28 @@ class _Value(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, coupling: DiscreteCoupling, f: Tensor, g: Tensor, *inputs: Tensor) -> Tensor:
-        ctx.coupling = coupling
-        ctx.save_for_backward(f, g, *inputs)
-        return coupling._envelope()
+    def forward(coupling: DiscreteCoupling, f: Tensor, g: Tensor, *inputs: Any) -> Tensor:
+        return coupling.envelope(f, g, *inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.coupling, f, g, eps, *rest = inputs
+        ctx.eps = None if isinstance(eps, Tensor) else eps
+        ctx.save_for_backward(f, g, eps if ctx.eps is None else None, *rest)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         f, g, *inputs = ctx.saved_tensors
         wanted = [k for k, need in enumerate(ctx.needs_input_grad[3:]) if need]
         again = torch.is_grad_enabled()
+        refuse_vmap(grads[0], "the gradient of the cost")
         with torch.enable_grad():
-            if again:
-                # views: the derivative is taken at them, and not through the potentials
-                inputs = [part.view_as(part) for part in inputs]
-                total = ctx.coupling.written_out(f, g, inputs[0], inputs[1], tuple(inputs[2:]))
-            else:
-                inputs = list(inputs)
-                total = ctx.coupling._envelope()
+            # views, where there is a graph: the derivative is taken at them, and not through the potentials
+            parts = [part.view_as(part) if again and k in wanted else part for k, part in enumerate(inputs)]
+            said = [ctx.eps if parts[0] is None else parts[0], *parts[1:]]
+            total = (ctx.coupling.written_out if again else ctx.coupling.envelope)(f, g, *said)
             got = torch.autograd.grad(
-                total, [inputs[k] for k in wanted], grads[0], create_graph=again, allow_unused=True
+                total, [parts[k] for k in wanted], grads[0], create_graph=again, allow_unused=True
             )
         out: list[Tensor | None] = [None] * len(inputs)
         for k, part in zip(wanted, got, strict=True):
@@ -465,8 +510,8 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
     return (torch.special.xlogy(p, p) - torch.special.xlogy(p, q) - p + q).sum(-1)
 
 
-def damping(rho: float, eps: float) -> float:
-    """``rho / (rho + eps)``: what a relaxed marginal does to a half-step; 1 for a hard one."""
+def damping(rho: float, eps: Eps) -> Eps:
+    """``rho / (rho + eps)``: what a relaxed marginal does to a half-step; the number 1 for a hard one."""
     return 1.0 if math.isinf(rho) else rho / (rho + eps)
 
 
@@ -487,7 +532,7 @@ class GaussianCoupling(Coupling):
     @property
     def pieces(self) -> GaussianPlan:
         """Computed anew each time: each caller gets a graph of its own to differentiate."""
-        return couple(self._mu, self._nu, self._reference, self.problem.eps)
+        return couple(self._mu, self._nu, self._reference, self.problem.free_eps)
 
     def plan(self, rows: Any = None) -> Gaussian:
         if rows is not None:
@@ -502,13 +547,16 @@ class GaussianCoupling(Coupling):
 
     def cost(self) -> Tensor:
         pieces = self.pieces
-        return pieces.linear_cost + self.problem.eps * pieces.information
+        return pieces.linear_cost + self.problem.free_eps * pieces.information
 
     def linear_cost(self) -> Tensor:
         return self.pieces.linear_cost
 
     def gap(self) -> Tensor:
         return torch.zeros_like(self.pieces.linear_cost)
+
+    def information(self) -> Tensor:
+        return self.pieces.information
 
     def between(self, t: float) -> Gaussian:
         law = self._reference.pin(0.0, t)
@@ -517,7 +565,7 @@ class GaussianCoupling(Coupling):
         near, far = (linalg.matrix(part.to(like), d) for part in (law.near, law.far))
         mixed = near @ self.pieces.cross @ far.mT
         cov = near @ self._mu.cov @ near.mT + far @ self._nu.cov @ far.mT + mixed + mixed.mT
-        cov = cov + self.problem.eps * linalg.matrix(law.cov.to(like), d)
+        cov = cov + linalg.scaled(self.problem.free_eps, linalg.matrix(law.cov.to(like), d))
         shift = law.shift.to(like)
         mean = (near @ self._mu.mean[..., None] + far @ self._nu.mean[..., None])[..., 0] + shift
         return Gaussian(mean, (cov + cov.mT) / 2)
@@ -571,7 +619,7 @@ class SampledCoupling(Coupling):
         the noise of those atoms: it is as reliable as ``phi`` is dense at the scale ``sqrt(eps)``.
         """
         generator = self._seeded(generator)
-        reference, eps = self.problem.reference, self.problem.eps
+        reference, eps = self.problem.reference, self.problem.one_eps
         x, a = self._draw(self.problem.mu, n, generator)
         y, b = self._draw(self.problem.nu, n, generator)
         f = -eps * reference.pull_back(self._psi, 0.0, x, eps).log_mass

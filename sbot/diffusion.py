@@ -12,6 +12,7 @@ from torch import Tensor
 from .arrays import as_number
 from .costs import Cost
 from .errors import InvalidProblem, Unsupported
+from .linalg import Eps
 from .potentials import Potential, Tilted
 from .reference import Process
 
@@ -76,10 +77,10 @@ class Diffusion(Process):
             raise InvalidProblem(f"noise is {number} at t = {t:g}; give a finite number > 0")
         return torch.tensor(number**2, dtype=torch.float64, device="cpu")
 
-    def pull_back(self, psi: Potential, s: float, x: Tensor, eps: float) -> Tilted:
+    def pull_back(self, psi: Potential, s: float, x: Tensor, eps: Eps) -> Tilted:
         raise Unsupported("a non-linear reference has no tilts in closed form; use solver=sbot.DSB()")
 
-    def push_forward(self, phi: Potential, t: float, y: Tensor, eps: float) -> tuple[Tilted, Tensor]:
+    def push_forward(self, phi: Potential, t: float, y: Tensor, eps: Eps) -> tuple[Tilted, Tensor]:
         raise Unsupported("a non-linear reference has no tilts in closed form; use solver=sbot.DSB()")
 
     def __repr__(self) -> str:

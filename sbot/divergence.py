@@ -31,7 +31,7 @@ from .costs import Cosine, Lp, MatrixCost, Quadratic
 from .coupling import DiscreteCoupling, damping
 from .errors import InvalidProblem, NotConverged, NumericalError, Unsupported
 from .kernels import make_kernel
-from .linalg import full_precision
+from .linalg import Eps, along, full_precision
 from .measures import Discrete
 from .potential_bridge import PotentialBridge
 from .potentials import Atoms
@@ -54,7 +54,7 @@ PROBES = 32
 def sinkhorn_divergence(
     mu: Any,
     nu: Any,
-    eps: float,
+    eps: Any,
     *,
     reference: Reference | None = None,
     cost: Any = None,
@@ -157,7 +157,7 @@ def _between_atoms(problem: Problem, within: list[Problem], solver: Sinkhorn, pr
     for part, end, log in zip(within, ends, selves_logs, strict=True):
         halves = halves + dual(replace(part.to(dtype=torch.float64), mu=end, nu=end), log, log) / 2
     a, b = (end.weights.sum(-1) for end in ends if isinstance(end, Discrete))
-    rest = wide.eps * (a - b).square() / 2 - halves
+    rest = wide.free_eps * (a - b).square() / 2 - halves
     value = dual(wide, *logs) + rest
     if bool((value < 0).any()):
         # the potentials of the self terms are a start that is never below zero
@@ -183,26 +183,27 @@ def _alone(problem: Problem, solver: Sinkhorn, tolerance: float, show: Callable[
 
     ``T`` is nonexpansive, its fixed point is the solution by symmetry, and it is near 0: neither annealing nor Newton is needed.
     """
-    mu, eps, rho = problem.mu, problem.eps, problem.relax[0]
+    mu, eps, unit, rho = problem.mu, problem.eps, along(problem.eps, 1), problem.relax[0]
     assert isinstance(mu, Discrete)
     a = mu.weights.detach()
-    live, log_a, damp = a > 0, a.log(), damping(rho, eps)
+    live, log_a, damp = a > 0, a.log(), damping(rho, unit)
     kernel = make_kernel(problem.cost, *(site.detach() for site in problem.sites), memory=solver.memory)
     machine = torch.finfo(problem.dtype).eps
-    tolerance = max(tolerance, machine * max(REACH * float(kernel.scale()[1].max()) / eps, 8.0))
+    tolerance = max(tolerance, machine * max(REACH * float((kernel.scale()[1] / eps).max()), 8.0))
+    largest = float(eps.max()) if isinstance(eps, Tensor) else eps
     p, best, waited = torch.zeros_like(a), _Self(torch.zeros_like(a), math.inf, False), 0
     for k in range(min(MOST, solver.max_iter)):
-        half = -damp * eps * kernel.reduce(log_a + p / eps, eps)[0]
+        half = -damp * unit * kernel.reduce(log_a + p / unit, eps)[0]
         change = torch.where(live, half - p, 0.0)
         goal = (a * torch.exp(-p / rho)).double()
-        off = torch.where(live, torch.expm1(-change / (damp * eps)).abs(), 0.0)
+        off = torch.where(live, torch.expm1(-change / (damp * unit)).abs(), 0.0)
         # both marginals are off by this
         error = 2 * float(((goal * off).sum(-1) / goal.sum(-1)).max())
         if math.isnan(error):
             raise NumericalError(
                 "a self term of the divergence left the finite numbers; rescale the cost or use float64"
             )
-        show(Progress(k, eps, error, tolerance))
+        show(Progress(k, largest, error, tolerance))
         waited = 0 if error < 0.9 * best.error else waited + 1
         if error < best.error:
             best = _Self(p, error, error <= tolerance)
@@ -222,10 +223,10 @@ def _as_any_other(problem: Problem, solver: Sinkhorn) -> _Self:
     return _Self((f + g) / 2, bridge.report.error, bridge.report.converged)
 
 
-def _logs(end: Any, potential: Tensor, eps: float) -> Tensor:
+def _logs(end: Any, potential: Tensor, eps: Eps) -> Tensor:
     """``log a + p / eps`` in float64."""
     weights = end.weights.detach()
-    return torch.where(weights > 0, weights.log() + potential.double() / eps, -torch.inf)
+    return torch.where(weights > 0, weights.log() + potential.double() / along(eps, 1), -torch.inf)
 
 
 # ---- the door ------------------------------------------------------------------------------------------------------

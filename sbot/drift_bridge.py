@@ -134,14 +134,14 @@ class DriftBridge(Bridge):
 
     def chain(self, start: float = 0.0, end: float = 1.0, also: Sequence[float] = ()) -> Chain:
         """The steps from ``start`` to ``end`` that also stop at the given times."""
-        inner = {t for t in (*grid_times(self.grid, self.problem.eps), *also) if start < t < end}
+        inner = {t for t in (*grid_times(self.grid, self.problem.one_eps), *also) if start < t < end}
         like = torch.empty((), dtype=self.problem.dtype, device=self.problem.device)
         kept: list[float] = [start]
         for t in [*sorted(inner), end]:
             # times given by the caller may fall on those of the grid, up to rounding
             if t - kept[-1] > 1e-9 or t in also:
                 kept.append(t)
-        return Chain(self.process, kept, self.problem.eps, like, self.problem.mu.event_shape)
+        return Chain(self.process, kept, self.problem.one_eps, like, self.problem.mu.event_shape)
 
     def run(self, x: Tensor, start: float = 0.0, *, direction: int = 1, **options: Any) -> Tensor:
         """Simulate flat points from ``start`` to the end in ``direction``."""
@@ -305,7 +305,7 @@ class DriftBridge(Bridge):
         density is known.  An upper bound up to that error and that of the steps, see `energy`, where the drifts reach the
         marginals; exact where, besides, the paths between two ends are bridges of the reference.
         """
-        reference, eps, d = self.problem.reference, self.problem.eps, math.prod(self.problem.mu.event_shape)
+        reference, eps, d = self.problem.reference, self.problem.one_eps, math.prod(self.problem.mu.event_shape)
         known = [end for end in (1, 0) if self._has_density(end)]
         if not isinstance(reference, LinearReference) or not known:
             raise Unsupported(
@@ -374,7 +374,7 @@ class DriftBridge(Bridge):
         chosen = self.order if order is None else as_count(order, "order")
         if chosen > 2:
             raise InvalidProblem(f"order is {order}; give 1 (Euler-Maruyama) or 2 (Heun)")
-        grid_times(grid, self.problem.eps)
+        grid_times(grid, self.problem.one_eps)
         return DriftBridge(self.problem, self.forward, self.backward, self.report, grid, chosen)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import linalg
 from .errors import NumericalError
+from .linalg import Eps
 from .measures import Gaussian
 from .reference import LinearReference
 
@@ -44,11 +45,11 @@ class GaussianPlan:
     information: Tensor
 
 
-def couple(mu: Gaussian, nu: Gaussian, reference: LinearReference, eps: float) -> GaussianPlan:
+def couple(mu: Gaussian, nu: Gaussian, reference: LinearReference, eps: Eps) -> GaussianPlan:
     """The entropic plan between ``mu`` and ``nu``."""
     d = mu.event_shape[0]
     step = reference.transition(0.0, 1.0).to(mu.mean)
-    phi, noise = linalg.matrix(step.phi, d), linalg.matrix(eps * step.cov, d)
+    phi, noise = linalg.matrix(step.phi, d), linalg.matrix(linalg.scaled(eps, step.cov), d)
     spread = linalg.sqrtm(noise)
     whiten, back = torch.linalg.inv(spread), torch.linalg.inv(phi)
     s = linalg.symmetrise(whiten @ phi @ mu.cov @ phi.mT @ whiten)

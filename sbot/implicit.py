@@ -22,8 +22,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import linalg
+from .arrays import refuse_vmap
 from .errors import NotConverged
-from .kernels import LogKernel
+from .kernels import LogKernel, share_of
+from .linalg import Eps, along
 
 #: Relative residual that conjugate gradients stop at, in units of the machine epsilon, and their limit.
 REST, MOST = 100.0, 2000
@@ -34,7 +36,7 @@ KEPT_BYTES = 2**28
 class Plan:
     """``P_ij = exp(left_i + right_j - C_ij / eps)`` as an operator; ``left = log a + f / eps``, ``right = log b + g / eps``."""
 
-    def __init__(self, kernel: LogKernel, left: Tensor, right: Tensor, eps: float) -> None:
+    def __init__(self, kernel: LogKernel, left: Tensor, right: Tensor, eps: Eps) -> None:
         self.kernel, self.left, self.right, self.eps = kernel, left, right, eps
         lse = kernel.reduce(right, eps)[0]
         self.lse = lse
@@ -76,13 +78,14 @@ def sum_of(parts: Iterator[Tensor]) -> Tensor:
     return total
 
 
-def solve(plan: Plan, damp: tuple[float, float], grad_f: Tensor, grad_g: Tensor) -> tuple[Tensor, Tensor]:
+def solve(plan: Plan, relax: tuple[float, float], grad_f: Tensor, grad_g: Tensor) -> tuple[Tensor, Tensor]:
     """``alpha``, ``beta`` of the module's system, where the plan has mass; 0 elsewhere."""
-    eps = plan.eps
-    upper, lower = plan.rows / damp[0], plan.columns / damp[1]
+    eps = along(plan.eps, 1)
+    # 1 / lambda = 1 + eps / rho
+    upper, lower = (sums * (1 + eps / rho) for sums, rho in zip((plan.rows, plan.columns), relax, strict=True))
     over = torch.where(upper > 0, 1 / upper, 0.0)
     rest = eps * (grad_g - plan.transposed_times(over * grad_f))
-    free = damp == (1.0, 1.0)
+    free = relax == (math.inf, math.inf)
     live = lower > 0
     if free:
         # a constant may move between f and g: the right side has no part along it, up to rounding
@@ -118,47 +121,59 @@ def solve(plan: Plan, damp: tuple[float, float], grad_f: Tensor, grad_g: Tensor)
 
 
 class _Potentials(torch.autograd.Function):
-    """``(f, g)`` as a function of the weights, eps and what the cost is made of."""
+    """``(f, g)`` as a function of eps, the weights and what the cost is made of."""
 
     @staticmethod
     def forward(
-        ctx: Any,
         kernel: LogKernel,
-        damp: tuple[float, float],
-        eps: float,
+        relax: tuple[float, float],
         f: Tensor,
         g: Tensor,
+        eps: Eps,
         a: Tensor,
         b: Tensor,
         *leaves: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        ctx.kernel, ctx.damp, ctx.eps = kernel, damp, eps
-        ctx.save_for_backward(f, g, a, b)
         return f.clone(), g.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.kernel, ctx.relax, f, g, eps, *rest = inputs
+        ctx.eps = None if isinstance(eps, Tensor) else eps
+        ctx.save_for_backward(f, g, eps if ctx.eps is None else None, *rest)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_f: Tensor, grad_g: Tensor) -> tuple[Tensor | None, ...]:
-        f, g, a, b = ctx.saved_tensors
-        kernel, eps = ctx.kernel, ctx.eps
+        refuse_vmap(grad_f, "the gradient of the potentials")
+        refuse_vmap(grad_g, "the gradient of the potentials")
+        f, g, given, a, b, *leaves = ctx.saved_tensors
+        kernel, eps = ctx.kernel.on(leaves), ctx.eps if given is None else linalg.plain(given)
+        unit = along(eps, 1)
+        left, right = a.log() + f / unit, b.log() + g / unit
+        slope = torch.zeros(kernel.batch_shape, dtype=f.dtype, device=f.device)
         with linalg.full_precision():
-            plan = Plan(kernel, a.log() + f / eps, b.log() + g / eps, eps)
+            plan = Plan(kernel, left, right, eps)
             # potentials where there is no mass are c-transforms, which the caller writes out
-            alpha, beta = solve(plan, ctx.damp, torch.where(a > 0, grad_f, 0.0), torch.where(b > 0, grad_g, 0.0))
+            alpha, beta = solve(plan, ctx.relax, torch.where(a > 0, grad_f, 0.0), torch.where(b > 0, grad_g, 0.0))
             # P_ij / a_i and P_ij / b_j are finite at an atom of zero weight too
-            over_a = -torch.exp(f / eps) * signed(kernel, b.log() + g / eps, beta, eps)
-            over_b = -torch.exp(g / eps) * signed(kernel.T, a.log() + f / eps, alpha, eps)
+            over_a = -torch.exp(f / unit) * signed(kernel, right, beta, eps)
+            over_b = -torch.exp(g / unit) * signed(kernel.T, left, alpha, eps)
 
             def tiles() -> Iterator[tuple[slice, Tensor]]:
                 for rows, law in plan.laws():
-                    weight = plan.rows[..., rows, None] / eps
-                    yield rows, law * weight * (alpha[..., rows, None] + beta[..., None, :])
+                    weight = (plan.rows / unit)[..., rows, None]
+                    w = law * weight * (alpha[..., rows, None] + beta[..., None, :])
+                    if given is not None:
+                        # d eps = sum_ij w_ij (f_i + g_j - C_ij) / eps
+                        slope.add_((w.sum(-1) * f[..., rows]).sum(-1) + (w.sum(-2) * g).sum(-1) - kernel.inner(rows, w))
+                    yield rows, w
 
             grads = kernel.pull_back(tiles())
-        return None, None, None, None, None, over_a, over_b, *grads
+        return None, None, None, None, share_of(given, slope, eps), over_a, over_b, *grads
 
 
-def signed(kernel: LogKernel, bias: Tensor, values: Tensor, eps: float) -> Tensor:
+def signed(kernel: LogKernel, bias: Tensor, values: Tensor, eps: Eps) -> Tensor:
     """``sum_j exp(bias_j - C_ij / eps) values_j`` for values of any sign."""
     lse, mean = kernel.reduce(bias, eps, values[..., None])
     assert mean is not None
@@ -166,12 +181,12 @@ def signed(kernel: LogKernel, bias: Tensor, values: Tensor, eps: float) -> Tenso
 
 
 def potentials(
-    kernel: LogKernel, damp: tuple[float, float], eps: float, f: Tensor, g: Tensor, a: Tensor, b: Tensor
+    kernel: LogKernel, relax: tuple[float, float], eps: Eps, f: Tensor, g: Tensor, a: Tensor, b: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The solution ``(f, g)`` with its derivatives in ``a``, ``b`` and the leaves of ``kernel``.
+    """The solution ``(f, g)`` with its derivatives in eps, ``a``, ``b`` and the leaves of ``kernel``.
 
-    ``f`` and ``g`` are ``(*b, n)`` and ``(*b, m)`` in cost units, finite everywhere; ``damp`` is ``rho / (rho + eps)`` of both
-    sides.  A balanced solution is known up to a constant: only what does not depend on it has a derivative.
+    ``f`` and ``g`` are ``(*b, n)`` and ``(*b, m)`` in cost units, finite everywhere; ``relax`` has the strength of both
+    marginals.  A balanced solution is known up to a constant: only what does not depend on it has a derivative.
     """
-    f, g = _Potentials.apply(kernel, damp, eps, f.detach(), g.detach(), a, b, *kernel.leaves)  # type: ignore[no-untyped-call]
+    f, g = _Potentials.apply(kernel, relax, f.detach(), g.detach(), eps, a, b, *kernel.leaves)  # type: ignore[no-untyped-call]
     return f, g

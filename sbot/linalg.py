@@ -1,20 +1,57 @@
 """Small linear algebra for Gaussian measures and linear references.
 
-An *operator* is a tensor that acts on the last dimension of ``(..., d)``: 0-dimensional for a multiple of the identity,
-``(..., d, d)`` for a matrix.  Multiples of the identity stay scalars, so that a Brownian reference costs nothing in
-dimension 784.
+An *operator* is a tensor that acts on the last dimension of ``(..., d)``: 0-dimensional or ``(..., 1, 1)`` for a multiple of
+the identity, ``(..., d, d)`` for a matrix.  Multiples of the identity stay scalars, so that a Brownian reference costs
+nothing in dimension 784.
+
+``eps`` is a number, or a tensor with one for each problem of a batch; `along` and `scaled` are how it meets other tensors.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+#: a number for all problems, or ``(*b,)`` with one for each of a batch
+Eps = float | Tensor
+
+
+def along(eps: Eps, dims: int) -> Eps:
+    """``eps`` as it multiplies and divides what has ``dims`` dimensions beyond the batch."""
+    return eps.reshape(eps.shape + (1,) * dims) if isinstance(eps, Tensor) else eps
+
+
+def scaled(eps: Eps, op: Tensor) -> Tensor:
+    """``eps`` times an operator, each problem of a batch its own."""
+    return along(eps, 2) * op
+
+
+def as_eps(eps: Eps, like: Tensor) -> Tensor:
+    """``eps`` as a tensor with the dtype and device of ``like``."""
+    return eps.to(like) if isinstance(eps, Tensor) else torch.tensor(eps, dtype=like.dtype, device=like.device)
+
+
+def plain(eps: Eps) -> Eps:
+    """``eps`` without its graph; a number where there is one."""
+    if not isinstance(eps, Tensor):
+        return eps
+    return eps.detach() if eps.ndim else float(eps.detach())
+
+
+def pulled_back(function: Callable[..., Any], at: Sequence[Tensor], grads: Any) -> tuple[Tensor | None, ...]:
+    """Gradients in the arguments of ``function``, given those in what it returns; inside transforms of torch.func too."""
+    if torch._C._are_functorch_transforms_active():
+        got: tuple[Tensor, ...] = torch.func.vjp(function, *at)[1](grads)
+        return got
+    with torch.enable_grad():
+        leaves = [part.detach().requires_grad_() for part in at]
+        return torch.autograd.grad(function(*leaves), leaves, grads, allow_unused=True)
 
 
 @cache
@@ -51,11 +88,15 @@ class _SqrtPSD(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, matrix: Tensor) -> Tensor:
+    def forward(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         values, vectors = torch.linalg.eigh(matrix)
         roots = values.clamp(min=0).sqrt()
-        ctx.save_for_backward(roots, vectors)
-        return (vectors * roots[..., None, :]) @ vectors.mT
+        return (vectors * roots[..., None, :]) @ vectors.mT, roots, vectors
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[1:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
@@ -67,7 +108,8 @@ class _SqrtPSD(torch.autograd.Function):
 
 def sqrtm(matrix: Tensor) -> Tensor:
     """Symmetric square root of a positive semi-definite matrix ``(..., d, d)``; singular is legal, differentiable."""
-    return _SqrtPSD.apply(symmetrise(matrix))  # type: ignore[no-untyped-call]
+    root: Tensor = _SqrtPSD.apply(symmetrise(matrix))[0]  # type: ignore[no-untyped-call]
+    return root
 
 
 def symmetrise(matrix: Tensor) -> Tensor:
@@ -89,12 +131,17 @@ def cholesky(cov: Tensor) -> Tensor | None:
 
 def apply(op: Tensor, x: Tensor) -> Tensor:
     """``op @ x`` for points ``(..., n, d)``; a matrix may carry the leading batch dimensions of ``x``."""
-    return op * x if op.ndim == 0 else x @ op.mT
+    return op * x if is_scalar(op) else x @ op.mT
+
+
+def is_scalar(op: Tensor) -> bool:
+    """Whether the operator is a multiple of the identity in any dimension."""
+    return op.ndim == 0 or op.shape[-1] == 1
 
 
 def compose(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b``."""
-    return a * b if a.ndim == 0 or b.ndim == 0 else a @ b
+    return a * b if is_scalar(a) or is_scalar(b) else a @ b
 
 
 def transpose(op: Tensor) -> Tensor:
@@ -104,31 +151,33 @@ def transpose(op: Tensor) -> Tensor:
 
 def add(a: Tensor, b: Tensor) -> Tensor:
     """``a + b``, where a scalar means a multiple of the identity."""
-    if a.ndim == 0 and b.ndim != 0:
+    if is_scalar(a) and not is_scalar(b):
         a = matrix(a, b.shape[-1])
-    if b.ndim == 0 and a.ndim != 0:
+    if is_scalar(b) and not is_scalar(a):
         b = matrix(b, a.shape[-1])
     return a + b
 
 
 def inverse(op: Tensor) -> Tensor:
     """``op^-1``."""
-    return 1 / op if op.ndim == 0 else torch.linalg.inv(op)
+    return 1 / op if is_scalar(op) else torch.linalg.inv(op)
 
 
 def root(op: Tensor) -> Tensor:
     """Symmetric square root of a positive semi-definite operator."""
-    return op.clamp(min=0).sqrt() if op.ndim == 0 else sqrtm(op)
+    return op.clamp(min=0).sqrt() if is_scalar(op) else sqrtm(op)
 
 
 def logdet(op: Tensor, d: int) -> Tensor:
-    """``log |det op|`` in dimension ``d``."""
-    return d * op.abs().log() if op.ndim == 0 else torch.linalg.slogdet(op)[1]
+    """``log |det op|`` in dimension ``d``, without the dimensions of the matrix."""
+    if is_scalar(op):
+        return d * (op if op.ndim == 0 else op[..., 0, 0]).abs().log()
+    return torch.linalg.slogdet(op)[1]
 
 
 def matrix(op: Tensor, d: int) -> Tensor:
     """The operator as a ``(..., d, d)`` matrix."""
-    return op * torch.eye(d, dtype=op.dtype, device=op.device) if op.ndim == 0 else op
+    return op * torch.eye(d, dtype=op.dtype, device=op.device) if is_scalar(op) else op
 
 
 def log_gaussian_constant(cov: Tensor, d: int) -> Tensor:

@@ -547,7 +547,7 @@ def _rate(bridge: Bridge, other: Callable[[float, Tensor], Any], t: float, n: in
             f"path_kl needs the noise of a linear reference, not {reference!r}; integrate its drifts yourself"
         )
     noise = reference.coefficients(t)[2].to(gap)
-    return float((gap * linalg.apply(linalg.inverse(noise), gap)).sum(-1).mean() / (2 * bridge.problem.eps))
+    return float((gap * linalg.apply(linalg.inverse(noise), gap)).sum(-1).mean() / (2 * bridge.problem.one_eps))
 
 
 def _interval(interval: Any) -> tuple[float, float]:

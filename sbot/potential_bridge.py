@@ -15,6 +15,7 @@ from .bridge import Bridge, DualPotential, Potentials, Report, in_result_dtype
 from .costs import MatrixCost
 from .coupling import Coupling, DiscreteCoupling, GaussianCoupling, SampledCoupling, damping
 from .errors import InvalidProblem, Unsupported
+from .linalg import along
 from .measures import Discrete, Gaussian, Measure
 from .pack import pack
 from .potentials import Atoms, Potential, Tilted
@@ -38,9 +39,11 @@ class PotentialBridge(Bridge):
         self.problem, self.phi, self.psi, self.report = problem, phi, psi, report
         self.coupling: Coupling = _coupling(problem, phi, psi)
         self._attached = False
+        # where potentials are constants, so is eps
+        self._eps = problem.free_eps if isinstance(self.coupling, GaussianCoupling) else problem.eps
 
     def differentiable(self, *, unroll: int | None = None) -> PotentialBridge:
-        """The same bridge, with derivatives in the data: potentials, plan, map, drift and density follow points and weights.
+        """The same bridge, with derivatives in the data: potentials, plan, map, drift and density follow points, weights, eps.
 
         ``df``, ``dg`` solve the linearised Schrödinger system (`sbot.implicit`): memory and time do not depend on how many
         iterations the solver took.  On the bridge as it was solved the potentials are constants, and only `cost` has
@@ -69,7 +72,31 @@ class PotentialBridge(Bridge):
             raise Unsupported("derivatives in the data are known for atoms; Gaussians have theirs without this call")
         phi, psi = self.coupling.attached(None if unroll is None else as_count(unroll, "unroll"))
         bridge = PotentialBridge(self.problem, phi, psi, self.report)
-        bridge._attached = True
+        bridge._attached, bridge._eps = True, self.problem.free_eps
+        return bridge
+
+    def _pick(self, index: tuple[int, ...]) -> PotentialBridge:
+        whole, problem, report = self.problem.batch_shape, self.problem.pick(index), self.report
+        sizes = (m.n if isinstance(m, Discrete) else 0 for m in (problem.mu, problem.nu))
+        phi, psi = (part.pick(index, n) for part, n in zip((self.phi, self.psi), sizes, strict=True))
+        which = index[0] if len(index) == 1 else index
+        notes = (*report.notes, f"problem {which} of a batch {whole}, of which iterations, history and seconds are")
+        if report.errors:
+            pair = torch.tensor([report.errors, report.tolerances], dtype=torch.float64).reshape(2, *whole)
+            errors, tolerances = (part[index].flatten() for part in pair)
+            worst = int((errors / tolerances.clamp(min=1e-300)).argmax())
+            done = bool((errors <= tolerances).all()) and report.reason != "precision"
+            report = replace(
+                report,
+                error=float(errors[worst]),
+                tolerance=float(tolerances[worst]),
+                errors=tuple(errors.tolist()) if problem.batch_shape else (),
+                tolerances=tuple(tolerances.tolist()) if problem.batch_shape else (),
+                converged=done,
+                reason="tolerance" if done else report.reason,
+            )
+        bridge = PotentialBridge(problem, phi, psi, replace(report, notes=notes))
+        bridge._attached = self._attached
         return bridge
 
     # ---- static ----------------------------------------------------------------------------------------------------
@@ -80,7 +107,7 @@ class PotentialBridge(Bridge):
 
     @in_result_dtype
     def cost(self) -> Tensor:
-        """The dual objective: a lower bound that `gap` closes.  Differentiable in points, weights and cost matrix."""
+        """The dual objective: a lower bound that `gap` closes.  Differentiable in points, weights, cost matrix, eps."""
         return self.coupling.cost()
 
     @in_result_dtype
@@ -117,7 +144,7 @@ class PotentialBridge(Bridge):
             raise InvalidProblem(f"mass is {share:g}; give the share of each row to keep, in (0, 1]")
         most = None if max_per_row is None else as_count(max_per_row, "max_per_row")
         if self.problem.batch_shape:
-            raise Unsupported("a sparse plan of a batch has no shape; solve the problems one by one, or use top(k)")
+            raise Unsupported("a sparse plan of a batch has no shape; take them one by one, bridge[k], or use top(k)")
         return self.coupling.sparse(share, most)
 
     @in_result_dtype
@@ -140,7 +167,7 @@ class PotentialBridge(Bridge):
         Raises `Unsupported` for batches, for marginals without atoms, and where forbidden pairs leave no permutation.
         """
         if self.problem.batch_shape:
-            raise Unsupported("assignments are made one problem at a time; solve the problems one by one")
+            raise Unsupported("assignments are made one problem at a time; take them one by one: bridge[k]")
         best = self.coupling.top(1)[1][:, 0]
         mu, nu = self.problem.mu, self.problem.nu
         assert isinstance(mu, Discrete) and isinstance(nu, Discrete)
@@ -154,6 +181,15 @@ class PotentialBridge(Bridge):
             if k == mu.n:
                 raise Unsupported("forbidden pairs leave no permutation; use plan() or top(k)")
             k = min(2 * k, mu.n)
+
+    @in_result_dtype
+    def perplexity(self) -> Tensor:
+        """How many atoms of nu each atom of mu is spread over, ``(*b, n)``: the exponential of the entropy of the law of its end.
+
+        ``exp(-sum_j p_j log p_j)`` with ``p_j = P_ij / (P 1)_i``: 1 for a single target, m for all alike.  Streamed, no gradient.
+        It is 0 where every pair is forbidden.  Raises `Unsupported` for marginals without atoms.
+        """
+        return self.coupling.perplexity()
 
     @in_result_dtype
     def apply(self, v: Any, *, transpose: bool = False) -> Tensor:
@@ -171,16 +207,17 @@ class PotentialBridge(Bridge):
         return out[..., 0] if flat else out
 
     def potentials(self) -> Potentials:
-        eps, (rho_mu, rho_nu) = self.problem.eps, self.problem.relax
+        eps, (rho_mu, rho_nu) = self._eps, self.problem.relax
+        unit = along(eps, 1)
 
         def f(x: Any) -> Tensor:
-            return -damping(rho_mu, eps) * eps * self.condition(x).log_mass
+            return -damping(rho_mu, unit) * unit * self.condition(x).log_mass
 
         def g(y: Any) -> Tensor:
             points = self._points(y, "y")
             tilted, jacobian = self.problem.reference.push_forward(self.phi, 1.0, points, eps)
-            log_mass = tilted.log_mass + jacobian.to(self.problem.device) + self.problem.log_normaliser()
-            return -damping(rho_nu, eps) * eps * log_mass
+            log_mass = tilted.log_mass + jacobian.to(self.problem.device) + self.problem.log_normaliser(eps)
+            return -damping(rho_nu, unit) * unit * log_mass
 
         return Potentials(
             DualPotential(self._cast(f), lambda: self._dual_values()[0]),
@@ -208,7 +245,7 @@ class PotentialBridge(Bridge):
         points = self._atoms() if x is None else self._points(x)
         if time == 1:
             raise Unsupported("given X_1 = x there is nothing left to know; ask at s < 1")
-        return self.problem.reference.pull_back(self.psi, time, points, self.problem.eps)
+        return self.problem.reference.pull_back(self.psi, time, points, self._eps)
 
     def _atoms(self) -> Tensor:
         here = self.problem.sites[0]
@@ -222,7 +259,7 @@ class PotentialBridge(Bridge):
             score = self.psi.score(points)
         else:
             phi = reference.transition(time, 1.0).phi.to(points)
-            tilted = reference.pull_back(self.psi, time, points, self.problem.eps)
+            tilted = reference.pull_back(self.psi, time, points, self._eps)
             score = linalg.apply(linalg.transpose(phi), tilted.score)
         return reference.drift(time, points) + self._spread(time, score)
 
@@ -234,7 +271,7 @@ class PotentialBridge(Bridge):
             score = self.phi.score(points)
         else:
             phi = reference.transition(0.0, time).phi.to(points)
-            tilted, _ = reference.push_forward(self.phi, time, points, self.problem.eps)
+            tilted, _ = reference.push_forward(self.phi, time, points, self._eps)
             score = linalg.apply(linalg.inverse(linalg.transpose(phi)), tilted.score)
         return self._spread(time, score) - reference.drift(time, points)
 
@@ -242,7 +279,7 @@ class PotentialBridge(Bridge):
     def log_prob(self, t: float, x: Any) -> Tensor:
         """``log phi_t(x) + log psi_t(x)``; an unbalanced bridge integrates to the mass of its plan."""
         time, points, reference = *self._place(t, x), self._linear()
-        eps = self.problem.eps
+        eps = self._eps
         if time == 0:
             ahead = self.phi.log_density(points)
         else:
@@ -268,7 +305,7 @@ class PotentialBridge(Bridge):
 
     def _spread(self, t: float, score: Tensor) -> Tensor:
         noise = self._linear().coefficients(t)[2].to(score)
-        return linalg.apply(self.problem.eps * noise, score)
+        return linalg.apply(linalg.scaled(self._eps, noise), score)
 
     # ---- sampling --------------------------------------------------------------------------------------------------
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from . import linalg
-from .costs import Cost, TransitionCost
+from .costs import Cost, Quadratic
 from .errors import Unsupported
 from .kernels import COPIES, LogKernel, make_kernel
+from .linalg import Eps, along
 from .measures import Discrete, Measure, categorical
 
 
@@ -61,6 +62,10 @@ class Potential(ABC):
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Potential:
         """The same potential in another dtype or on another device."""
 
+    def pick(self, index: tuple[int, ...], n: int) -> Potential:
+        """That of one problem of a batch, of its first ``n`` atoms where it has atoms."""
+        raise Unsupported(f"a {type(self).__name__} has no parts; solve the problems one by one")
+
 
 @final
 class Atoms(Potential):
@@ -79,13 +84,10 @@ class Atoms(Potential):
 
     def tilt(self, obs: Tensor, cov: Tensor) -> TiltedAtoms:
         # the Gaussian is the kernel of a cost: exp(-|obs - y|^2_V / 2) up to its normaliser
-        one, zero = (
-            torch.ones((), dtype=obs.dtype, device=obs.device),
-            torch.zeros((), dtype=obs.dtype, device=obs.device),
-        )
-        cost = TransitionCost(one, zero, cov)
+        whiten = linalg.inverse(linalg.root(cov))
+        kernel = make_kernel(Quadratic(), linalg.apply(whiten, obs), linalg.apply(whiten, self.points))
         constant = linalg.log_gaussian_constant(cov, obs.shape[-1])
-        return TiltedAtoms(self, make_kernel(cost, obs, self.points), 1.0, -constant, obs, cov)
+        return TiltedAtoms(self, kernel, 1.0, -constant, obs, cov)
 
     def lies_on(self, measure: Measure) -> bool:
         """Whether the atoms are those of ``measure``, in its order; numbered ones are told by their count."""
@@ -94,7 +96,7 @@ class Atoms(Potential):
         numbered = not self.points.dtype.is_floating_point
         return numbered or (measure.points is not None and torch.equal(self.points, measure.points.detach()))
 
-    def weigh(self, obs: Tensor, cost: Cost, eps: float) -> TiltedAtoms:
+    def weigh(self, obs: Tensor, cost: Cost, eps: Eps) -> TiltedAtoms:
         """Times ``exp(-C(obs_i, y) / eps)``, for a reference that knows only its cost."""
         return TiltedAtoms(self, make_kernel(cost, obs, self.points), eps, None, obs, None)
 
@@ -105,6 +107,12 @@ class Atoms(Potential):
         raise Unsupported(
             "the drift towards a discrete measure is infinite at its own time; ask at a time before it, 0 < t < 1"
         )
+
+    def pick(self, index: tuple[int, ...], n: int) -> Atoms:
+        numbered = not self.points.dtype.is_floating_point
+        points = self.points[:n] if numbered else self.points[index][..., :n, :]
+        values = None if self.values is None or not numbered else self.values[index][..., :n, :]
+        return Atoms(points, self.log_weights[index][..., :n], values)
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Atoms:
         numbered = not self.points.dtype.is_floating_point
@@ -118,7 +126,7 @@ class TiltedAtoms(Tilted):
     """Atoms seen through a kernel; the reductions run when they are asked for and stream over tiles."""
 
     def __init__(
-        self, psi: Atoms, kernel: LogKernel, eps: float, constant: Tensor | None, obs: Tensor, cov: Tensor | None
+        self, psi: Atoms, kernel: LogKernel, eps: Eps, constant: Tensor | None, obs: Tensor, cov: Tensor | None
     ) -> None:
         self._psi, self._kernel, self._eps = psi, kernel, eps
         self._constant, self._obs, self._cov = constant, obs, cov
@@ -126,7 +134,9 @@ class TiltedAtoms(Tilted):
     @property
     def log_mass(self) -> Tensor:
         lse = self._kernel.reduce(self._psi.log_weights, self._eps)[0]
-        return lse if self._constant is None else lse + self._constant
+        if self._constant is None:
+            return lse
+        return lse + along(self._constant, min(1, self._constant.ndim))
 
     @property
     def mean(self) -> Tensor:
@@ -153,7 +163,7 @@ class TiltedAtoms(Tilted):
     def weights(self) -> Tensor:
         """The probabilities of the atoms for each place, ``(*b, n, m)``: dense."""
         n = self._kernel.shape[0]
-        logits = self._psi.log_weights[..., None, :] - self._kernel.entries(slice(0, n)) / self._eps
+        logits = self._psi.log_weights[..., None, :] - self._kernel.entries(slice(0, n)) / along(self._eps, 2)
         return logits.softmax(-1)
 
     def sample(self, *, generator: torch.Generator | None = None) -> Tensor:
@@ -161,7 +171,9 @@ class TiltedAtoms(Tilted):
         self._kernel.copies = COPIES
         with torch.no_grad():
             draws = [
-                categorical(self._psi.log_weights[..., None, :] - self._kernel.entries(rows) / self._eps, 1, generator)
+                categorical(
+                    self._psi.log_weights[..., None, :] - self._kernel.entries(rows) / along(self._eps, 2), 1, generator
+                )
                 for rows in self._kernel.tiles()
             ]
         index = torch.cat(draws, -2)[..., 0]
@@ -218,6 +230,10 @@ class Quadratics(Potential):
         r = y[..., None, :, :] - self.means[..., :, None, :]
         each = -torch.linalg.solve(self.covs, r.mT).mT
         return torch.einsum("...nk,...knd->...nd", share, each) + self.centred(y) @ self.growth
+
+    def pick(self, index: tuple[int, ...], n: int) -> Quadratics:
+        origin = None if self.origin is None else self.origin[index]
+        return Quadratics(self.logits[index], self.means[index], self.covs[index], self.growth[index], origin)
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Quadratics:
         def move(part: Tensor) -> Tensor:

@@ -7,14 +7,18 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .arrays import HALF, as_number
+from . import linalg
+from .arrays import HALF, as_number, as_tensor, refuse_forward_mode
 from .costs import Cost, MatrixCost
-from .errors import InvalidProblem
-from .measures import Discrete, Measure, as_measure
+from .errors import InvalidProblem, Unsupported
+from .linalg import Eps
+from .measures import Discrete, Gaussian, Measure, as_measure, suffix
 from .reference import Reference, Static, as_reference
+from .spread import natural_eps
 
 INF = math.inf
 
@@ -33,7 +37,9 @@ class Problem:
     Attributes
     ----------
     mu, nu : the marginals, of one dtype, device and batch shape.
-    eps : variance of the reference path over [0, 1], in the units of the cost.
+    eps : variance of the reference path over [0, 1], in the units of the cost: a number, or ``(*b,)`` with one for each
+        problem of a batch; what "auto" gave.
+    eps_leaf : the tensor that eps was given as, where it wants a gradient.
     reference : the reference process, or a static cost.
     relax : ``(rho_mu, rho_nu)``, the strength of ``rho KL(marginal | given)``; infinite for a hard constraint.
     result_dtype : dtype of what a bridge returns; half precisions are computed in float32 and cast back.
@@ -42,22 +48,26 @@ class Problem:
 
     mu: Measure
     nu: Measure
-    eps: float
+    eps: Eps
     reference: Reference
     relax: tuple[float, float] = (INF, INF)
     result_dtype: torch.dtype = torch.float64
     notes: tuple[str, ...] = ()
+    eps_leaf: Tensor | None = None
 
     @classmethod
     def of(cls, mu: Any, nu: Any, eps: Any, reference: Any = None, cost: Any = None, relax: Any = None) -> Problem:
         """Convert and check every argument; raises `InvalidProblem` with the argument, the fault and the way out."""
-        epsilon = _check_eps(eps)
+        automatic = isinstance(eps, str) and eps == "auto"
+        epsilon = 1.0 if automatic else check_eps(eps)
         rho = _check_relax(relax)
         ref = as_reference(reference, cost)
         charge = ref.cost()
-        bins = charge.values.ndim - 1 if isinstance(charge, MatrixCost) else 0
-        a, b = as_measure(mu, "mu", histogram=bins), as_measure(nu, "nu", histogram=bins)
-        _check_devices(a, b, charge)
+        a, b = (
+            as_measure(side, name, histogram=_histogram(side, charge, axis, name))
+            for side, name, axis in ((mu, "mu", -2), (nu, "nu", -1))
+        )
+        _check_devices(a, b, charge, eps)
         sources = [a.source_dtype, b.source_dtype]
         dtypes = [a.dtype, b.dtype]
         if isinstance(charge, MatrixCost):
@@ -66,17 +76,20 @@ class Problem:
         result, dtype = _promote(sources), _promote(dtypes)
         notes = [f"computed in float32, results returned as {result}"] if result in HALF else []
         a, b = (m if m.dtype == dtype else m.to(dtype=dtype) for m in (a, b))
-        if isinstance(charge, MatrixCost) and charge.values.dtype != dtype:
-            ref = Static(MatrixCost(charge.values.to(dtype)))
-        least = 4 / torch.finfo(dtype).max
-        if not least < epsilon < 1 / least:
-            raise InvalidProblem(
-                f"eps is {epsilon}, outside the range of {dtype}; rescale the points and eps, or use float64"
-            )
-        problem = cls(a, b, epsilon, ref, rho, result, tuple(notes))
+        a, b, batch = _side_by_side(a, b, charge)
+        if isinstance(charge, MatrixCost) and (charge.values.dtype != dtype or charge.batch_shape != batch):
+            ref = Static(_fitted(charge, batch, dtype=dtype))
+        epsilon, leaf = _settle_eps(epsilon, a)
+        problem = cls(a, b, epsilon, ref, rho, result, tuple(notes), leaf)
         problem._check_shapes()
         coarsest = max(torch.finfo(source).eps for source in sources)
-        return problem._balance(coarsest) if rho == (INF, INF) else problem
+        problem = problem._balance(coarsest) if rho == (INF, INF) else problem
+        return problem._automatic() if automatic else problem
+
+    def with_eps(self, eps: Any) -> Problem:
+        """The same problem with another eps; raises `InvalidProblem` as `of` does."""
+        epsilon, leaf = _settle_eps(check_eps(eps), self.mu)
+        return replace(self, eps=epsilon, eps_leaf=leaf)
 
     # ---- what solvers and bridges read -----------------------------------------------------------------------------
 
@@ -84,6 +97,25 @@ class Problem:
     def cost(self) -> Cost:
         """The cost the reference charges."""
         return self.reference.cost()
+
+    @property
+    def free_eps(self) -> Eps:
+        """`eps` with its graph."""
+        return self.eps if self.eps_leaf is None else self.eps_leaf
+
+    @property
+    def one_eps(self) -> float:
+        """`eps` where it is one number; raises `Unsupported` for a batch with several."""
+        if isinstance(self.eps, Tensor):
+            raise Unsupported("each problem of the batch has its own eps; solve the problems one by one")
+        return self.eps
+
+    @property
+    def said_eps(self) -> str:
+        """`eps` in a few characters."""
+        if not isinstance(self.eps, Tensor):
+            return f"{self.eps:g}"
+        return f"{float(self.eps.min()):g}..{float(self.eps.max()):g}"
 
     @property
     def sites(self) -> tuple[Tensor, Tensor]:
@@ -111,20 +143,23 @@ class Problem:
         """Device of the computation."""
         return self.mu.device
 
-    def log_normaliser(self) -> Tensor:
-        """``log Z`` of the reference's transition density, see `Reference.log_normaliser`."""
+    def log_normaliser(self, eps: Eps | None = None) -> Tensor:
+        """``log Z`` of the reference's transition density, see `Reference.log_normaliser`; ``eps`` may be `free_eps`."""
         like = torch.empty((), dtype=self.dtype, device=self.device)
         return self.reference.log_normaliser(
-            math.prod(self.mu.event_shape) if self.mu.event_shape else 0, self.eps, like
+            math.prod(self.mu.event_shape) if self.mu.event_shape else 0, self.eps if eps is None else eps, like
         )
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Problem:
         """The same problem in another dtype or on another device."""
         reference = self.reference
         if isinstance(self.cost, MatrixCost):
-            reference = Static(MatrixCost(self.cost.values.to(dtype=dtype, device=device)))
+            reference = Static(_fitted(self.cost, self.batch_shape, dtype=dtype, device=device))
+        eps, leaf = self.eps, self.eps_leaf
         moved = replace(
             self,
+            eps=eps.to(dtype=dtype, device=device) if isinstance(eps, Tensor) else eps,
+            eps_leaf=None if leaf is None else leaf.to(dtype=dtype, device=device),
             mu=self.mu.to(dtype=dtype, device=device),
             nu=self.nu.to(dtype=dtype, device=device),
             reference=reference,
@@ -132,6 +167,15 @@ class Problem:
         # what was equal in the old dtype is made equal in the new one
         coarsest = max(torch.finfo(self.dtype).eps, torch.finfo(moved.dtype).eps)
         return moved._balance(coarsest) if self.relax == (INF, INF) else moved
+
+    def pick(self, index: tuple[int, ...]) -> Problem:
+        """One problem of a batch, without padding; a shorter ``index`` picks along the first batch dimensions."""
+        assert isinstance(self.mu, (Discrete, Gaussian)) and isinstance(self.nu, (Discrete, Gaussian))
+        mu, nu, reference = self.mu.pick(index), self.nu.pick(index), self.reference
+        leaf = self.eps_leaf if self.eps_leaf is None or not self.eps_leaf.ndim else self.eps_leaf[index]
+        if isinstance(self.cost, MatrixCost) and isinstance(mu, Discrete) and isinstance(nu, Discrete):
+            reference = Static(self.cost.pick(index, mu.n, nu.n))
+        return replace(self, mu=mu, nu=nu, reference=reference, eps=_part(self.eps, index), eps_leaf=leaf)
 
     # ---- checks ----------------------------------------------------------------------------------------------------
 
@@ -142,11 +186,20 @@ class Problem:
         assert measure.points is not None
         return measure.points
 
+    def _automatic(self) -> Problem:
+        """With eps from the spread of the cost, and a note that says so."""
+        each, of_what = natural_eps(self.mu, self.nu, self.cost)
+        problem = self.with_eps(each if self.batch_shape else float(each))
+        said = " to ".join(dict.fromkeys(f"{float(end):.3g}" for end in torch.aminmax(each)))
+        note = f'eps="auto": {said}, a twentieth of {of_what}{" of each problem" if self.batch_shape else ""}'
+        return replace(problem, notes=(*self.notes, note))
+
     def _check_shapes(self) -> None:
         mu, nu = self.mu, self.nu
         if mu.batch_shape != nu.batch_shape:
             raise InvalidProblem(
-                f"mu has batch dimensions {mu.batch_shape} and nu {nu.batch_shape}; give both the same (nothing broadcasts)"
+                f"mu has batch dimensions {mu.batch_shape} and nu {nu.batch_shape}; give both the same, or leave out leading "
+                "ones where the problems share a measure (sizes do not broadcast)"
             )
         if isinstance(self.cost, MatrixCost):
             self._check_matrix(self.cost)
@@ -170,15 +223,18 @@ class Problem:
                 "a cost matrix couples two histograms; pass weights (n,) and (m,), or Discrete measures"
             )
         want = (*mu.batch_shape, mu.n, nu.n)
-        if tuple(values.shape) != want:
+        if (*cost.batch_shape, *values.shape[-2:]) != want:
+            shared = f", or {want[-2:]} for one that the problems share" if mu.batch_shape else ""
             raise InvalidProblem(
-                f"the cost matrix has shape {tuple(values.shape)} for {mu.n} and {nu.n} atoms; give shape {want}"
+                f"the cost matrix has shape {tuple(values.shape)} for {mu.n} and {nu.n} atoms; give shape {want}{shared}"
             )
         if not cost.forbids:
             return
-        allowed = torch.isfinite(values)
-        for name, here, there, axis in (("mu", mu, nu, -1), ("nu", nu, mu, -2)):
-            reachable = (allowed & (there.weights > 0).unsqueeze(-2 if axis == -1 else -1)).any(axis)
+        allowed = torch.isfinite(values).to(self.dtype)
+        for name, here, there, table in (("mu", mu, nu, allowed), ("nu", nu, mu, allowed.mT)):
+            live = (there.weights.detach() > 0).to(self.dtype)
+            # one product for all problems that share the matrix, without a copy of it for each
+            reachable = (live @ table.mT if table.ndim == 2 else (table @ live[..., None])[..., 0]) > 0
             lost = torch.nonzero(~reachable & (here.weights > 0))
             if len(lost):
                 raise InvalidProblem(
@@ -201,10 +257,72 @@ class Problem:
             )
         if worst <= 4 * torch.finfo(self.dtype).eps:
             return self  # as equal as sums get
-        nu = Discrete(self.nu.points, self.nu.weights * (a / b)[..., None].to(self.dtype))
+        nu = self.nu.reweighted(self.nu.weights * (a / b)[..., None].to(self.dtype))
         note = f"masses differed by {worst:.1e} relative: nu was rescaled to the mass of mu in float64"
         notes = self.notes if worst < 16 * rounding else (*self.notes, note)
         return replace(self, nu=nu, notes=notes)
+
+
+def _side_by_side(mu: Measure, nu: Measure, cost: Cost) -> tuple[Measure, Measure, tuple[int, ...]]:
+    """Leading batch dimensions that a measure lacks are those of the others: it is shared by these problems.
+
+    Sizes never broadcast, 1 least of all; what does not fit is left as it is, for `Problem._check_shapes`.
+    """
+    shapes = [
+        mu.batch_shape,
+        nu.batch_shape,
+        *([tuple(cost.values.shape[:-2])] if isinstance(cost, MatrixCost) else []),
+    ]
+    batch = max(shapes, key=len)
+    if not all(suffix(shape, batch) for shape in shapes[:2]):
+        return mu, nu, mu.batch_shape
+    mu, nu = (
+        m.expand(batch) if isinstance(m, (Discrete, Gaussian)) and m.batch_shape != batch else m for m in (mu, nu)
+    )
+    return mu, nu, batch
+
+
+def _fitted(
+    cost: MatrixCost,
+    batch: tuple[int, ...],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> MatrixCost:
+    """The matrix in a dtype and on a device, for each problem of the batch where they share it."""
+    moved = MatrixCost(cost.values.to(dtype=dtype, device=device))
+    return moved.expand(batch) if suffix(moved.batch_shape, batch) else moved
+
+
+def _histogram(side: Any, cost: Cost, axis: int, name: str) -> int:
+    """Dimensions that an array has if it is the weights of a histogram, beside a cost matrix; 0 where it is points."""
+    if not isinstance(cost, MatrixCost):
+        return 0
+    try:
+        shape = tuple(np.shape(side)) if isinstance(side, (list, np.ndarray)) else tuple(getattr(side, "shape", ()))
+    except ValueError:
+        return 0  # not rectangular, which is refused elsewhere
+    batch, n, dims = tuple(cost.values.shape[:-2]), cost.values.shape[axis], len(shape)
+    if dims < 2:
+        return 1
+    weights, points = shape[-1] == n, shape[-2] == n
+    if dims == len(batch) + 1:
+        return dims if weights or not points else 0
+    weights = weights and (suffix(batch, shape[:-1]) or suffix(shape[:-1], batch))
+    if weights and points and dims == len(batch) + 2:
+        raise InvalidProblem(
+            f"{name} has shape {shape}, which may be {n} points or the weights of {n} histograms; "
+            "say which: sbot.Discrete(points) or sbot.Discrete(None, weights)"
+        )
+    return dims if weights else 0
+
+
+def _part(eps: Eps, index: tuple[int, ...]) -> Eps:
+    """What a problem of a batch has of eps: the number for all, or its own."""
+    if not isinstance(eps, Tensor) or not eps.ndim:
+        return eps
+    part = eps[index]
+    return part if part.ndim else float(part)
 
 
 def _promote(dtypes: list[torch.dtype]) -> torch.dtype:
@@ -214,15 +332,55 @@ def _promote(dtypes: list[torch.dtype]) -> torch.dtype:
     return result
 
 
-def _check_eps(eps: Any) -> float:
+def check_eps(eps: Any) -> Eps:
+    """A number, or a tensor: of one dimension at least, or one that wants a gradient."""
     if isinstance(eps, str):
-        raise InvalidProblem(f"eps is the string {eps!r}; give a number > 0, such as a hundredth of the mean cost")
-    number = as_number(eps, "eps")
+        raise InvalidProblem(f"eps is the string {eps!r}; give a number > 0 in the units of the cost, or 'auto'")
+    if isinstance(eps, (list, tuple)) or getattr(eps, "ndim", 0) > 0:
+        each = as_tensor(eps, "eps", like=torch.zeros((), dtype=torch.float64, device="cpu"))
+        refuse_forward_mode(each)
+        values = each.detach()
+        bad = torch.nonzero(~((values > 0) & torch.isfinite(values)))
+        if len(bad):
+            where = tuple(bad[0].tolist())
+            raise InvalidProblem(
+                f"eps is {float(values[where]):g} in problem {_index(where)} of the batch; give finite numbers > 0 in the "
+                "units of the cost"
+            )
+        return each
+    wanted = isinstance(eps, Tensor) and eps.requires_grad
+    number = as_number(eps.detach() if wanted else eps, "eps")
     if number == 0:
         raise InvalidProblem("eps is 0, which is unregularised transport; give eps > 0, or use ot.emd from POT")
     if number < 0 or number == INF:
         raise InvalidProblem(f"eps is {number}; give a finite number > 0 in the units of the cost")
-    return number
+    return as_tensor(eps, "eps") if wanted else number
+
+
+def _settle_eps(eps: Eps, mu: Measure) -> tuple[Eps, Tensor | None]:
+    """eps as the computation wants it, and the tensor that wants its gradient, checked against mu."""
+    leaf = eps.to(dtype=mu.dtype, device=mu.device) if isinstance(eps, Tensor) and eps.requires_grad else None
+    if isinstance(eps, Tensor) and eps.ndim:
+        want = mu.batch_shape
+        if tuple(eps.shape) != want:
+            shape = f"the batch {want}; give a number, or shape {want}" if want else "a single problem; give a number"
+            raise InvalidProblem(f"eps has shape {tuple(eps.shape)} for {shape}")
+    least = 4 / torch.finfo(mu.dtype).max
+    values = linalg.as_eps(linalg.plain(eps), torch.empty((), dtype=torch.float64, device=mu.device))
+    out = torch.nonzero(~((values > least) & (values < 1 / least)))
+    if len(out):
+        where = tuple(out[0].tolist())
+        which = f" in problem {_index(where)} of the batch" if where else ""
+        raise InvalidProblem(
+            f"eps is {float(values[where]):g}{which}, outside the range of {mu.dtype}; rescale the points and eps, or use "
+            "float64"
+        )
+    plain = linalg.plain(eps)
+    return plain.to(dtype=mu.dtype, device=mu.device).clone() if isinstance(plain, Tensor) else plain, leaf
+
+
+def _index(where: tuple[int, ...]) -> str:
+    return str(where[0]) if len(where) == 1 else str(where)
 
 
 def _check_relax(relax: Any) -> tuple[float, float]:
@@ -237,8 +395,10 @@ def _check_relax(relax: Any) -> tuple[float, float]:
     return rho
 
 
-def _check_devices(mu: Measure, nu: Measure, cost: Cost) -> None:
+def _check_devices(mu: Measure, nu: Measure, cost: Cost, eps: Any) -> None:
     places = {"mu": mu.device, "nu": nu.device}
+    if isinstance(eps, Tensor) and eps.ndim:
+        places["eps"] = eps.device
     if isinstance(cost, MatrixCost):
         places["cost"] = cost.values.device
     if len(set(places.values())) > 1:

@@ -20,6 +20,7 @@ from . import linalg, magnus
 from .arrays import as_number, as_tensor, require_finite
 from .costs import Cost, MatrixCost, Quadratic, TransitionCost, as_cost
 from .errors import InvalidProblem, Unsupported
+from .linalg import Eps
 from .potentials import Atoms, Potential, Tilted
 
 #: Parts of [0, 1] over which time-dependent transitions are kept.
@@ -78,12 +79,12 @@ class Pinned:
     shift: Tensor
     cov: Tensor
 
-    def sample(self, x: Tensor, end: Tensor, eps: float, *, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, x: Tensor, end: Tensor, eps: Eps, *, generator: torch.Generator | None = None) -> Tensor:
         """One draw for each pair of places, all ``(..., n, d)``."""
         near, far, shift, cov = (part.to(x) for part in (self.near, self.far, self.shift, self.cov))
         noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
         mean = linalg.apply(near, x) + linalg.apply(far, end) + _row(shift)
-        return mean + linalg.apply(linalg.root(eps * cov), noise)
+        return mean + linalg.apply(linalg.root(linalg.scaled(eps, cov)), noise)
 
 
 def _row(shift: Tensor) -> Tensor:
@@ -106,15 +107,18 @@ class Reference(ABC):
         """``C(x, y) = -eps log p(X_1 = y | X_0 = x)`` up to a constant."""
 
     @abstractmethod
-    def pull_back(self, psi: Potential, s: float, x: Tensor, eps: float) -> Tilted:
+    def pull_back(self, psi: Potential, s: float, x: Tensor, eps: Eps) -> Tilted:
         """The law of ``X_1`` given ``X_s = x``, weighted by ``psi``."""
 
     @abstractmethod
-    def push_forward(self, phi: Potential, t: float, y: Tensor, eps: float) -> tuple[Tilted, Tensor]:
+    def push_forward(self, phi: Potential, t: float, y: Tensor, eps: Eps) -> tuple[Tilted, Tensor]:
         """The law of ``X_0`` given ``X_t = y``, weighted by ``phi``, and the log-Jacobian to add to its log-mass."""
 
-    def log_normaliser(self, d: int, eps: float, like: Tensor) -> Tensor:
-        """``log Z`` with ``p(X_1 = y | X_0 = x) = exp(-C(x, y) / eps) / Z``; 0 where nothing is normalised."""
+    def log_normaliser(self, d: int, eps: Eps, like: Tensor) -> Tensor:
+        """``log Z`` with ``p(X_1 = y | X_0 = x) = exp(-C(x, y) / eps) / Z``; 0 where nothing is normalised.
+
+        0-dimensional, or ``(*b, 1)`` where each problem has its own eps.
+        """
         return torch.zeros((), dtype=like.dtype, device=like.device)
 
     def check(self, d: int | None) -> None:
@@ -139,16 +143,16 @@ class Static(Reference):
     def cost(self) -> Cost:
         return self._cost
 
-    def pull_back(self, psi: Potential, s: float, x: Tensor, eps: float) -> Tilted:
+    def pull_back(self, psi: Potential, s: float, x: Tensor, eps: Eps) -> Tilted:
         return self._weigh(psi, s == 0, x, self._cost, eps)
 
-    def push_forward(self, phi: Potential, t: float, y: Tensor, eps: float) -> tuple[Tilted, Tensor]:
+    def push_forward(self, phi: Potential, t: float, y: Tensor, eps: Eps) -> tuple[Tilted, Tensor]:
         back = self._cost.T if isinstance(self._cost, MatrixCost) else _Reversed(self._cost)
         tilted = self._weigh(phi, t == 1, y, back, eps)
         return tilted, _scalar(0.0)
 
     @staticmethod
-    def _weigh(potential: Potential, at_end: bool, x: Tensor, cost: Cost, eps: float) -> Tilted:
+    def _weigh(potential: Potential, at_end: bool, x: Tensor, cost: Cost, eps: Eps) -> Tilted:
         if not at_end:
             raise Unsupported("a static cost has no process between its ends; give reference=sbot.Brownian()")
         if not isinstance(potential, Atoms):
@@ -201,21 +205,23 @@ class LinearReference(Process):
         step = self.transition(0.0, 1.0)
         return TransitionCost(step.phi, step.shift, step.cov)
 
-    def pull_back(self, psi: Potential, s: float, x: Tensor, eps: float) -> Tilted:
+    def pull_back(self, psi: Potential, s: float, x: Tensor, eps: Eps) -> Tilted:
         step = self.transition(s, 1.0).to(x)
-        return psi.tilt(step.mean(x), eps * step.cov)
+        return psi.tilt(step.mean(x), linalg.scaled(eps, step.cov))
 
-    def push_forward(self, phi: Potential, t: float, y: Tensor, eps: float) -> tuple[Tilted, Tensor]:
+    def push_forward(self, phi: Potential, t: float, y: Tensor, eps: Eps) -> tuple[Tilted, Tensor]:
         # N(y; Phi x + c, V) as a function of x is N(Phi^-1 (y - c); x, Phi^-1 V Phi^-T) / |det Phi|
         step = self.transition(0.0, t).to(y)
         back = linalg.inverse(step.phi)
-        spread = linalg.compose(linalg.compose(back, eps * step.cov), linalg.transpose(back))
+        spread = linalg.compose(linalg.compose(back, linalg.scaled(eps, step.cov)), linalg.transpose(back))
         if spread.ndim:
             spread = linalg.symmetrise(spread)
         return phi.tilt(linalg.apply(back, y - _row(step.shift)), spread), -linalg.logdet(step.phi, y.shape[-1])
 
-    def log_normaliser(self, d: int, eps: float, like: Tensor) -> Tensor:
-        return linalg.log_gaussian_constant(eps * self.transition(0.0, 1.0).cov, d).to(like)
+    def log_normaliser(self, d: int, eps: Eps, like: Tensor) -> Tensor:
+        cov = self.transition(0.0, 1.0).cov.to(like.device)
+        constant = linalg.log_gaussian_constant(linalg.scaled(eps, cov), d).to(like)
+        return constant if constant.ndim == 0 else constant[..., None]
 
     def drift(self, t: float, x: Tensor) -> Tensor:
         """``A(t) x + b(t)``."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .arrays import as_index
 from .kernels import COPIES, LogKernel, require_memory
+from .linalg import Eps, along
 
 ATOMS_ONLY = (
     "this plan has no entries, since a marginal has no atoms; draw pairs with sample_pairs(n), or solve between samples: "
@@ -43,7 +44,7 @@ class FeasiblePlan:
     right: Tensor
     rest_mu: Tensor
     rest_nu: Tensor
-    eps: float
+    eps: Eps
     kernel: LogKernel
 
     @torch.no_grad()
@@ -81,9 +82,9 @@ class FeasiblePlan:
         return torch.cat(rows, -1), columns
 
 
-def _log_part(kernel: LogKernel, rows: slice, left: Tensor, right: Tensor, eps: float) -> Tensor:
+def _log_part(kernel: LogKernel, rows: slice, left: Tensor, right: Tensor, eps: Eps) -> Tensor:
     """``left_i + right_j - C_ij / eps`` of these rows in float64, in memory of its own."""
-    part = kernel.entries(rows).to(torch.float64, copy=True).mul_(-1 / eps)
+    part = kernel.entries(rows).to(torch.float64, copy=True).mul_(along(-1 / eps, 2))
     return part.add_(left[..., rows, None]).add_(right[..., None, :])
 
 
@@ -91,7 +92,7 @@ def feasible(
     kernel: LogKernel,
     left: Tensor,
     right: Tensor,
-    eps: float,
+    eps: Eps,
     marginals: tuple[Tensor, Tensor],
     hard: tuple[bool, bool],
 ) -> FeasiblePlan:

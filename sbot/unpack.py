@@ -129,4 +129,4 @@ def _unpack_base(
     except RuntimeError as fault:
         raise Needs(f"the score network given does not fit the file: {fault}") from None
     like = torch.empty((), dtype=problem.dtype, device=problem.device)
-    return ScoreBase(module.to(like), process, problem.eps, event)
+    return ScoreBase(module.to(like), process, problem.one_eps, event)

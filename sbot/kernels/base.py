@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import linalg
+from ..arrays import refuse_vmap
+from ..linalg import Eps, along
 
 #: Bytes of one tile: on a CPU small enough to stay in cache, on an accelerator large enough to fill it.
 TILE_BYTES = 2**23
@@ -69,6 +71,10 @@ class LogKernel(ABC):
         """``C[rows]`` into ``out``, as quickly as it goes; without gradients."""
         out.copy_(self.entries(rows))
 
+    @abstractmethod
+    def on(self, leaves: Sequence[Tensor]) -> LogKernel:
+        """The same kernel over these `leaves`."""
+
     @property
     @abstractmethod
     def leaves(self) -> tuple[Tensor, ...]:
@@ -96,17 +102,21 @@ class LogKernel(ABC):
                 top = torch.maximum(top, c.amax((-2, -1)).double())
         return total / count, top
 
-    def column(self, bias: Tensor, eps: float) -> Tensor:
+    def column(self, bias: Tensor, eps: Eps) -> Tensor:
         """What each column contributes to the logits by itself, ``(*b, m)``; computed once for all tiles."""
         return bias
 
-    def logits(self, rows: slice, column: Tensor, eps: float, out: Tensor) -> Tensor:
+    def logits(self, rows: slice, column: Tensor, eps: Eps, out: Tensor) -> Tensor:
         """``bias_j - C_ij / eps - offset_i`` for these rows, written into ``out``; see `column` and `offset`."""
-        return torch.add(column[..., None, :], self.entries(rows), alpha=-1 / eps, out=out)
+        return weigh(self.entries(rows), column, eps, out)
 
-    def offset(self, eps: float) -> Tensor | None:
+    def offset(self, eps: Eps) -> Tensor | None:
         """``offset_i``, ``(*b, n)``: what `logits` leaves out of each row because it is cheaper to add at the end."""
         return None
+
+    def inner(self, rows: slice, tile: Tensor) -> Tensor:
+        """``sum_ij W_ij C_ij`` over a tile W of these rows, ``(*b,)``; where W is 0 the cost may be infinite."""
+        return torch.where(tile == 0, 0.0, tile * self.entries(rows)).sum((-2, -1))
 
     def buffer(self, rows: int) -> Tensor:
         """Scratch memory for one tile."""
@@ -121,20 +131,21 @@ class LogKernel(ABC):
         for start in range(0, n, step):
             yield slice(start, min(start + step, n))
 
-    def reduce(self, bias: Tensor, eps: float, values: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def reduce(self, bias: Tensor, eps: Eps, values: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """``lse_i = log sum_j exp(bias_j - C_ij / eps)`` and ``avg_i``, the softmax-weighted mean of ``values_j``.
 
         ``bias`` is ``(*b, m)`` (``-inf`` drops a column), ``values`` ``(*b, m, p)``; the results are ``(*b, n)`` and
-        ``(*b, n, p)``.  Memory is one tile.  Differentiable once: the backward pass streams as well.
+        ``(*b, n, p)``.  Memory is one tile.  Differentiable once: the backward pass streams as well.  ``eps`` is a number for
+        all problems, or ``(*b,)``; where it wants a gradient it may be 0-dimensional.
         """
-        inputs = (bias, values, *self.leaves)
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-            lse, avg = _Reduction.apply(self, eps, *inputs)  # type: ignore[no-untyped-call]
+        inputs = (eps, bias, values, *self.leaves)
+        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
+            lse, avg = _Reduction.apply(self, *inputs)  # type: ignore[no-untyped-call]
             return lse, None if values is None else avg
         with torch.no_grad(), linalg.full_precision():
-            return self._reduce_in_place(bias, eps, values)
+            return self._reduce_in_place(bias, linalg.plain(eps), values)
 
-    def _reduce_in_place(self, bias: Tensor, eps: float, values: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _reduce_in_place(self, bias: Tensor, eps: Eps, values: Tensor | None) -> tuple[Tensor, Tensor | None]:
         n = self.shape[0]
         lse = torch.empty((*self.batch_shape, n), dtype=self.dtype, device=self.device)
         avg = (
@@ -158,10 +169,11 @@ class LogKernel(ABC):
         offset = self.offset(unit)
         return (lse if offset is None else lse.add_(offset)).mul_(LN2), avg
 
-    def conditionals(self, bias: Tensor, eps: float, weights: Tensor, power: float, keep: Keep | None = None) -> Pass:
+    def conditionals(self, bias: Tensor, eps: Eps, weights: Tensor, power: Eps, keep: Keep | None = None) -> Pass:
         """One pass over the plan ``P_ij = r_i K_ij`` with ``K`` the softmax over j of ``bias_j - C_ij / eps``.
 
-        The row masses are ``r_i = weights_i exp(power lse_i)``: power 0 prescribes them.  What one pass can know of P is
+        The row masses are ``r_i = weights_i exp(power lse_i)``, with a power for all or ``(*b, 1)``: the number 0 prescribes
+        them.  What one pass can know of P is
         returned, and ``keep`` is shown the tiles of K, each gone when the next is made.  Memory is one tile.  Entries of K
         are raised to ``2^FLOOR``: a column mass of that size says only that the mass is smaller.
         """
@@ -172,6 +184,7 @@ class LogKernel(ABC):
         unit = eps * LN2
         column, offset = self.column(bias / LN2, unit), self.offset(unit)
         floor = FLOOR[self.dtype]
+        given = not isinstance(power, Tensor) and power == 0
         scratch: Tensor | None = None
         with torch.no_grad(), linalg.full_precision():
             for rows in self.tiles():
@@ -184,7 +197,7 @@ class LogKernel(ABC):
                 total = z.sub_(top).clamp_(min=floor).exp2_().sum(-1)
                 level = top.squeeze(-1) + total.log2()
                 level = (level if offset is None else level + offset[..., rows]) * LN2
-                share = weights[..., rows] if power == 0 else weights[..., rows] * torch.exp(power * level)
+                share = weights[..., rows] if given else weights[..., rows] * torch.exp(power * level)
                 lse[..., rows], mass[..., rows] = level, share
                 total = total.clamp_(min=torch.finfo(self.dtype).tiny)
                 columns += linalg.product(z.mT, share / total)
@@ -192,7 +205,7 @@ class LogKernel(ABC):
                     keep(rows, z.mul_(total.reciprocal_()[..., None]))
         return Pass(lse, mass, columns)
 
-    def softmax_tiles(self, bias: Tensor, eps: float, lse: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    def softmax_tiles(self, bias: Tensor, eps: Eps, lse: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """``exp(bias_j - C_ij / eps - lse_i)`` by tiles of rows, all in one buffer: each is gone when the next is made."""
         unit = eps * LN2
         column, offset = self.column(bias / LN2, unit), self.offset(unit)
@@ -206,30 +219,47 @@ class LogKernel(ABC):
             yield rows, z.sub_(level[..., rows, None]).exp2_()
 
 
+def weigh(cost: Tensor, bias: Tensor, eps: Eps, out: Tensor) -> Tensor:
+    """``bias_j - C_ij / eps`` for a tile of costs, written into ``out``."""
+    if isinstance(eps, Tensor):
+        return torch.mul(cost, along(-1 / eps, 2), out=out).add_(bias[..., None, :])
+    return torch.add(bias[..., None, :], cost, alpha=-1 / eps, out=out)
+
+
 class _Reduction(torch.autograd.Function):
     """`LogKernel.reduce` with its adjoint: with the softmax weights p and the gradients l of lse and a of avg,
 
-    ``d bias_j = sum_i w_ij``, ``d C_ij = -w_ij / eps``, ``d values_j = sum_i p_ij a_i``,
+    ``d bias_j = sum_i w_ij``, ``d C_ij = -w_ij / eps``, ``d values_j = sum_i p_ij a_i``, ``d eps = sum_ij w_ij C_ij / eps^2``,
     ``w_ij = p_ij (l_i + <a_i, values_j - avg_i>)``.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, kernel: LogKernel, eps: float, bias: Tensor, values: Tensor | None, *leaves: Tensor
+        kernel: LogKernel, eps: Eps, bias: Tensor, values: Tensor | None, *leaves: Tensor
     ) -> tuple[Tensor, Tensor]:
         with linalg.full_precision():
-            lse, avg = kernel._reduce_in_place(bias, eps, values)
-        ctx.kernel, ctx.eps = kernel, eps
-        ctx.save_for_backward(bias, values, lse, avg)
+            lse, avg = kernel.on(leaves)._reduce_in_place(bias, linalg.plain(eps), values)
         return lse, lse.new_empty(0) if avg is None else avg
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.kernel, eps, bias, values, *leaves = inputs
+        ctx.eps = None if isinstance(eps, Tensor) else eps
+        ctx.save_for_backward(eps if ctx.eps is None else None, bias, values, *output, *leaves)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_lse: Tensor, grad_avg: Tensor) -> tuple[Tensor | None, ...]:
-        kernel, eps = ctx.kernel, ctx.eps
-        bias, values, lse, avg = ctx.saved_tensors
+        refuse_vmap(grad_lse, "the gradient")
+        refuse_vmap(grad_avg, "the gradient")
+        given, bias, values, lse, avg, *leaves = ctx.saved_tensors
+        eps = ctx.eps if given is None else linalg.plain(given)
+        kernel = ctx.kernel.on(leaves)
         d_bias = torch.zeros_like(bias)
         d_values = None if values is None else torch.zeros_like(values)
+        d_eps = (
+            torch.zeros(kernel.batch_shape, dtype=bias.dtype, device=bias.device) if ctx.needs_input_grad[1] else None
+        )
         base = grad_lse if values is None else grad_lse - (grad_avg * avg).sum(-1)
 
         def tiles() -> Iterator[tuple[slice, Tensor]]:
@@ -240,8 +270,19 @@ class _Reduction(torch.autograd.Function):
                     weight = weight + grad_avg[..., rows, :] @ values.mT
                 w = p.mul_(weight)
                 d_bias.add_(w.sum(-2))
-                yield rows, w.mul_(-1 / eps)
+                w.mul_(along(-1 / eps, 2))
+                if d_eps is not None:
+                    d_eps.sub_(kernel.inner(rows, w))
+                yield rows, w
 
         with linalg.full_precision():
             grads = kernel.pull_back(tiles())
-        return None, None, d_bias, d_values, *grads
+        return None, share_of(given, d_eps, eps), d_bias, d_values, *grads
+
+
+def share_of(given: Tensor | None, slope: Tensor | None, eps: Eps) -> Tensor | None:
+    """The gradient in eps from ``eps`` times that of each problem, ``(*b,)``: summed where one number is for all."""
+    if given is None or slope is None:
+        return None
+    total = slope / eps
+    return (total if given.ndim else total.sum()).to(given)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import final
 
 import torch
 from torch import Tensor
 
+from .. import linalg
 from ..costs import Cost
+from ..linalg import Eps, along
 from .base import LogKernel
 
 
@@ -43,6 +45,10 @@ class TiledKernel(LogKernel):
     def take(self, index: Tensor) -> TiledKernel:
         return TiledKernel(self.cost, self.x[index], self.y[index], flipped=self.flipped)
 
+    def on(self, leaves: Sequence[Tensor]) -> TiledKernel:
+        x, y = leaves
+        return self if x is self.x and y is self.y else TiledKernel(self.cost, x, y, flipped=self.flipped)
+
     @property
     def leaves(self) -> tuple[Tensor, ...]:
         return self.x, self.y
@@ -58,11 +64,7 @@ class TiledKernel(LogKernel):
             d_v += w.sum(-2)[..., None] * v - w.mT @ u[..., rows, :]
         if self.flipped:
             d_u, d_v = d_v, d_u
-        with torch.enable_grad():
-            x, y = (leaf.detach().requires_grad_() for leaf in self.leaves)
-            pair = self.cost.embed(x, y)
-            assert pair is not None
-            return torch.autograd.grad(pair, (x, y), (d_u, d_v))
+        return linalg.pulled_back(self.cost.embed, self.leaves, (d_u, d_v))
 
     def _pull_back_entries(self, tiles: Iterator[tuple[slice, Tensor]]) -> tuple[Tensor | None, ...]:
         """Any cost: autograd through one tile of entries at a time."""
@@ -70,12 +72,9 @@ class TiledKernel(LogKernel):
         grads = torch.zeros_like(x), torch.zeros_like(y)
         here, there = (1, 0) if self.flipped else (0, 1)
         for rows, w in tiles:
-            with torch.enable_grad():
-                parts = [x, y]
-                parts[here] = parts[here][..., rows, :]
-                parts = [part.detach().requires_grad_() for part in parts]
-                entries = self.cost.matrix(parts[0], parts[1])
-                got = torch.autograd.grad(entries, parts, w.mT if self.flipped else w, allow_unused=True)
+            parts = [x, y]
+            parts[here] = parts[here][..., rows, :]
+            got = linalg.pulled_back(self.cost.matrix, parts, w.mT if self.flipped else w)
             if (near := got[here]) is not None:
                 grads[here][..., rows, :] = near
             if (far := got[there]) is not None:
@@ -101,19 +100,19 @@ class TiledKernel(LogKernel):
         column = self.column(torch.zeros_like(self._embedded[1][..., 0]), 1.0)
         self.logits(rows, column, 1.0, out).add_(offset[..., rows, None]).neg_().clamp_(min=0)
 
-    def column(self, bias: Tensor, eps: float) -> Tensor:
-        return bias if self._embedded is None else bias - self._embedded[1].square().sum(-1) / (2 * eps)
+    def column(self, bias: Tensor, eps: Eps) -> Tensor:
+        return bias if self._embedded is None else bias - self._embedded[1].square().sum(-1) / along(2 * eps, 1)
 
-    def logits(self, rows: slice, column: Tensor, eps: float, out: Tensor) -> Tensor:
+    def logits(self, rows: slice, column: Tensor, eps: Eps, out: Tensor) -> Tensor:
         if self._embedded is None:
             return super().logits(rows, column, eps, out)
         u, v = self._embedded
-        if not self.batch_shape:
+        if not self.batch_shape and not isinstance(eps, Tensor):
             return torch.addmm(column, u[rows], v.mT, alpha=1 / eps, out=out)
-        return torch.matmul(u[..., rows, :], v.mT, out=out).mul_(1 / eps).add_(column[..., None, :])
+        return torch.matmul(u[..., rows, :], v.mT, out=out).mul_(along(1 / eps, 2)).add_(column[..., None, :])
 
-    def offset(self, eps: float) -> Tensor | None:
-        return None if self._embedded is None else self._embedded[0].square().sum(-1) / (-2 * eps)
+    def offset(self, eps: Eps) -> Tensor | None:
+        return None if self._embedded is None else self._embedded[0].square().sum(-1) / along(-2 * eps, 1)
 
     def scale(self) -> tuple[Tensor, Tensor]:
         if self._embedded is not None:

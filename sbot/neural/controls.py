@@ -26,6 +26,8 @@ def refusal(problem: Problem) -> str | None:
     """Why a solver of drifts cannot take a problem."""
     if problem.batch_shape:
         return f"the problem has batch dimensions {problem.batch_shape}; solve the problems one by one"
+    if problem.eps_leaf is not None:
+        return "eps wants a gradient, which exists for Sinkhorn and ClosedForm only; pass float(eps)"
     if problem.relax != (INF, INF):
         return "relaxed marginals are not learned from samples; try Sinkhorn on samples: mu.sample(4096)"
     if not problem.mu.event_shape:
@@ -54,8 +56,8 @@ def units(problem: Problem, generator: torch.Generator) -> tuple[Tensor, Tensor,
     reference = problem.reference
     assert isinstance(reference, Process)
     noise = sum(float(linalg.matrix(reference.spread(t), 1).diagonal().mean()) for t in (0.1, 0.3, 0.5, 0.7, 0.9)) / 5
-    scale = (spread + apart / 4 + 1e-6 * problem.eps * noise).sqrt()
-    unit = ((spread + apart) / noise + problem.eps).sqrt()
+    scale = (spread + apart / 4 + 1e-6 * problem.one_eps * noise).sqrt()
+    unit = ((spread + apart) / noise + problem.one_eps).sqrt()
     like = torch.empty((), dtype=problem.dtype, device=problem.device)
     return ((a + b) / 2).to(like), scale.to(like), unit.to(like)
 

@@ -26,4 +26,4 @@ def marginal_residual(problem: Problem, chain: Chain, control: Control, way: int
         x = after
     distance = float(energy_distance(x, truth))
     spread = float(torch.pdist(truth[:512].double()).mean()) / 2
-    return distance / spread if spread > 0 else distance / problem.eps**0.5
+    return distance / spread if spread > 0 else distance / problem.one_eps**0.5

@@ -113,7 +113,7 @@ class Training:
         now = time.perf_counter()
         if self.config.callbacks or now - self._shown > 0.2:
             self._shown = now
-            state = Progress(self.done, self.problem.eps, self.residual, self.tolerance, said, self.total)
+            state = Progress(self.done, self.problem.one_eps, self.residual, self.tolerance, said, self.total)
             if self.group.first:
                 self._report(state)
             answers = [call(state) for call in self.config.callbacks]  # each of them is called
@@ -196,7 +196,7 @@ def _problem(problem: Problem, drawing: bool = False) -> dict[str, Any]:
     return {
         "mu": _measure(problem.mu, drawing),
         "nu": _measure(problem.nu, drawing),
-        "eps": problem.eps,
+        "eps": problem.one_eps,
         "reference": _reference(problem),
         "dtype": str(problem.dtype),
     }

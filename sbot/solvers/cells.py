@@ -30,7 +30,7 @@ class Cells(NamedTuple):
     """Atoms grouped: the means as a measure, ``(k, d)``, the cell of each atom, ``(n,)``, and the mean cost within cells."""
 
     measure: Discrete
-    index: Tensor
+    label: Tensor
     spread: float
 
 
@@ -74,6 +74,7 @@ def coarsened(problem: Problem, most: int) -> tuple[Problem, Tensor] | None:
     """The problem between at most ``most`` cells on each side, and the cells of nu; None where cells are too coarse for eps."""
     mu, nu = problem.mu, problem.nu
     assert isinstance(mu, Discrete) and isinstance(nu, Discrete)
+    eps = problem.one_eps
     pair = problem.cost.embed(*(site.detach() for site in problem.sites))
     if pair is None or most < 2:
         return None
@@ -81,9 +82,9 @@ def coarsened(problem: Problem, most: int) -> tuple[Problem, Tensor] | None:
     for measure, embedded in zip((mu, nu), pair, strict=True):
         levels = int(math.log2(min(most, measure.n)))
         sides.append(grouped(measure, embedded, levels))
-    if sides[0].spread + sides[1].spread > SMOOTH * problem.eps:
+    if sides[0].spread + sides[1].spread > SMOOTH * eps:
         return None
-    return replace(problem, mu=sides[0].measure, nu=sides[1].measure, notes=()), sides[1].index
+    return replace(problem, mu=sides[0].measure, nu=sides[1].measure, notes=()), sides[1].label
 
 
 @dataclass(frozen=True)

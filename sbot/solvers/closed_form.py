@@ -50,7 +50,7 @@ class ClosedForm(Solver):
         if init is not None:
             raise InvalidProblem("ClosedForm() iterates nothing; drop init=")
         start = time.perf_counter()
-        mu, nu, reference, eps = problem.mu, problem.nu, problem.reference, problem.eps
+        mu, nu, reference, eps = problem.mu, problem.nu, problem.reference, problem.free_eps
         assert isinstance(mu, Gaussian) and isinstance(nu, Gaussian) and isinstance(reference, LinearReference)
         with reporting(progress, "ClosedForm"):
             plan = couple(mu, nu, reference, eps)
@@ -69,7 +69,7 @@ class ClosedForm(Solver):
         hessian_f = link.mT @ plan.ahead @ link - plan.growth_behind  # of log psi_0
         hessian_g = link @ plan.behind @ link.mT - plan.growth_ahead  # of log phi_1
         mean_psi = pulled + _trace(hessian_f, mu.cov) / 2
-        mean_phi = pushed.log_mass[..., 0] + jacobian + problem.log_normaliser() + _trace(hessian_g, nu.cov) / 2
+        mean_phi = (pushed.log_mass + problem.log_normaliser(eps))[..., 0] + jacobian + _trace(hessian_g, nu.cov) / 2
         psi = Quadratics((-half - mean_psi)[..., None], psi.means, psi.covs, psi.growth)
         phi = Quadratics((-half - mean_phi)[..., None], phi.means, phi.covs, phi.growth)
         report = Report("ClosedForm()", True, "exact", seconds=time.perf_counter() - start, notes=problem.notes)

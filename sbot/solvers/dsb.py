@@ -144,7 +144,9 @@ class _Fitting:
         assert isinstance(process, Process)
         like = torch.empty((), dtype=problem.dtype, device=problem.device)
         self.grid = as_grid(solver.steps)
-        self.chain = Chain(process, grid_times(self.grid, problem.eps), problem.eps, like, problem.mu.event_shape)
+        self.chain = Chain(
+            process, grid_times(self.grid, problem.one_eps), problem.one_eps, like, problem.mu.event_shape
+        )
         self.generator = torch.Generator(problem.device).manual_seed(self.config.seed)
         nets = networks(problem, solver.net, 2, self.generator)
         forward, backward = controls(problem, nets, self.generator)
@@ -189,7 +191,7 @@ class _Fitting:
         if self.solver.score is not None:
             if init is not None:
                 raise InvalidProblem("both score= and init= say what to start from; drop one of them")
-            bases[-1] = ScoreBase(self._score(self.solver.score), process, self.problem.eps, event)
+            bases[-1] = ScoreBase(self._score(self.solver.score), process, self.problem.one_eps, event)
         return bases
 
     def _score(self, given: nn.Module) -> nn.Module:
@@ -205,11 +207,11 @@ class _Fitting:
             return []
         assert isinstance(process, LinearReference)
         times = [self.chain.time(k, way) for k in range(len(self.chain))]
-        return [Pull.at(process, self.problem.eps, t, way).to(like) for t in times]
+        return [Pull.at(process, self.problem.one_eps, t, way).to(like) for t in times]
 
     def _weights(self, way: int, like: Tensor) -> Tensor:
         """Weight of each step in the loss, with targets in units of the control."""
-        chain, eps = self.chain, self.problem.eps
+        chain, eps = self.chain, self.problem.one_eps
         if self.target == "bridge":  # the noise grows without bound at the far end: weigh by what is left to learn
             unit = self.trainers[way].averaged.unit
             assert isinstance(unit, Tensor)
@@ -237,14 +239,14 @@ class _Fitting:
                 return "callback"
             residual = self._residual(learn)
             best = min([row[2] for row in training.history], default=math.inf)
-            training.history.append((cursor["half_step"] + 1, self.problem.eps, residual))
+            training.history.append((cursor["half_step"] + 1, self.problem.one_eps, residual))
             training.residual = residual
             cursor.update(half_step=cursor["half_step"] + 1, step=0, filled=0, refill=0)
             if residual < best:
                 training.save(best=True)
             training.save()
         if not training.history:  # a given score and nothing to train
-            training.history.append((1, self.problem.eps, self._residual(-1)))
+            training.history.append((1, self.problem.one_eps, self._residual(-1)))
         return "half_steps" if self.solver.half_steps else "rounds"
 
     def _step(self, learn: int) -> None:
@@ -355,9 +357,9 @@ def check_base(init: Bridge, problem: Problem) -> None:
         raise InvalidProblem(
             f"init is {old.dtype} on {old.device} and the problem {problem.dtype} on {problem.device}; use init.to(...)"
         )
-    if old.eps != problem.eps or not same_reference(old, problem):
+    if old.one_eps != problem.one_eps or not same_reference(old, problem):
         raise InvalidProblem(
-            f"init has eps = {old.eps:g} and {old.reference!r}, the problem eps = {problem.eps:g} and "
+            f"init has eps = {old.one_eps:g} and {old.reference!r}, the problem eps = {problem.one_eps:g} and "
             f"{problem.reference!r}, with other numbers where the names agree; start from a bridge of the same reference"
         )
 

@@ -139,8 +139,10 @@ class _Fitting:
         assert isinstance(process, LinearReference)
         like = torch.empty((), dtype=problem.dtype, device=problem.device)
         self.grid = as_grid(solver.steps)
-        self.chain = Chain(process, grid_times(self.grid, problem.eps), problem.eps, like, problem.mu.event_shape)
-        self.table = PinnedTable(process, problem.eps, like)
+        self.chain = Chain(
+            process, grid_times(self.grid, problem.one_eps), problem.one_eps, like, problem.mu.event_shape
+        )
+        self.table = PinnedTable(process, problem.one_eps, like)
         self.generator = torch.Generator(problem.device).manual_seed(self.config.seed)
         nets = networks(problem, solver.net, 1, self.generator)
         self.trainer = Trainer("both", both_ways(problem, nets, self.generator), self.config, self.group)
@@ -295,7 +297,7 @@ class _Fitting:
             for way in (1, -1)
         )
         training.residual = self.group.agree(residual, self.problem.device)
-        training.history.append((step, self.problem.eps, training.residual))
+        training.history.append((step, self.problem.one_eps, training.residual))
 
     def bridge(self, reason: str) -> DriftBridge:
         """The result."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..coupling import damping, dual_term
 from ..kernels import FLOOR, Conditionals, LogKernel
+from ..linalg import Eps, along, as_eps
 
 #: after a look at the error: total iterations so far and the error; returns whether to stop
 Check = Callable[[int, float], bool]
@@ -40,10 +41,11 @@ NOTICED = 1e-4
 class State:
     """The problem and where the iteration is; potentials in cost units, ``(*b, n)`` and ``(*b, m)``.
 
-    ``model`` is where the conditional laws are kept, None where iterations stream.  ``rows`` and ``columns`` are the masses
-    of the plan, in float64; ``fresh`` says whether they are those of the present g, ``known``
-    whether the model is; ``roomless`` is the smallest eps at which there was no room for one.  ``correct`` improves a
-    half-step where iterations stream, see `cells.Correction`.
+    ``eps`` is a number, or ``(*b,)``.  ``slack`` says how many times looser the tolerance of each problem is than that of the
+    solve, ``(*b,)``: errors are measured in it.  ``model`` is where the conditional laws are kept, None where iterations
+    stream.  ``rows`` and ``columns`` are the masses of the plan, in float64; ``fresh`` says whether they are those of the
+    present g, ``known`` whether the model is; ``roomless`` is the smallest eps at which there was no room for one.  ``correct``
+    improves a half-step where iterations stream, see `cells.Correction`.
     """
 
     kernel: LogKernel
@@ -52,7 +54,8 @@ class State:
     rho: tuple[float, float]
     g: Tensor
     model: Conditionals | None = None
-    eps: float = 1.0
+    eps: Eps = 1.0
+    slack: Eps = 1.0
     iterations: int = 0
     passes: int = 0
     roomless: float = math.inf
@@ -69,9 +72,19 @@ class State:
         self.zeros = not bool(self.live[0].all()) or not bool(self.live[1].all())
 
     @property
-    def damp(self) -> tuple[float, float]:
+    def unit(self) -> Eps:
+        """``eps`` as potentials are measured in it."""
+        return along(self.eps, 1)
+
+    @property
+    def largest(self) -> float:
+        """The largest eps of a batch."""
+        return float(self.eps.max()) if isinstance(self.eps, Tensor) else self.eps
+
+    @property
+    def damp(self) -> tuple[Eps, Eps]:
         """``lambda = rho / (rho + eps)`` of both sides."""
-        return damping(self.rho[0], self.eps), damping(self.rho[1], self.eps)
+        return damping(self.rho[0], self.unit), damping(self.rho[1], self.unit)
 
     def settle(self, keep_model: bool = True) -> None:
         """One pass: ``f = -lambda eps log sum_j b_j exp((g_j - C_ij) / eps)`` and the plan's masses at (f, g)."""
@@ -79,14 +92,14 @@ class State:
         keep = None
         self.known = False
         # the smaller eps, the fewer entries: what had no room may have it at half the eps
-        if self.model is not None and keep_model and self.eps <= self.roomless / 2:
+        if self.model is not None and keep_model and self.largest <= self.roomless / 2:
             self.model.open()
             keep = self.model.keep
-        seen = self.kernel.conditionals(self.log_b + self.g / self.eps, self.eps, self.a, 1 - lam, keep)
+        seen = self.kernel.conditionals(self.log_b + self.g / self.unit, self.eps, self.a, 1 - lam, keep)
         if self.model is not None and keep is not None:
             self.known = self.model.close()
-            self.roomless = self.roomless if self.known else self.eps
-        f = -lam * self.eps * seen.lse
+            self.roomless = self.roomless if self.known else self.largest
+        f = -lam * self.unit * seen.lse
         # an atom of zero weight may have only forbidden pairs: its potential is infinite and of no consequence
         self.f = torch.where(self.live[0], f, 0.0) if self.zeros else f
         self.rows, self.columns = seen.rows.double(), seen.columns
@@ -97,7 +110,8 @@ class State:
         """These problems of a batch, ``(k,)``, settled."""
         kernel = self.kernel.take(index)
         model = None if self.model is None else self.model.like(kernel)
-        part = State(kernel, self.a[index], self.b[index], self.rho, self.g[index], model, self.eps, self.iterations)
+        eps, slack = (part[index] if isinstance(part, Tensor) else part for part in (self.eps, self.slack))
+        part = State(kernel, self.a[index], self.b[index], self.rho, self.g[index], model, eps, slack, self.iterations)
         part.settle()
         return part
 
@@ -111,15 +125,22 @@ class State:
         """What the columns should sum to: b, or ``b e^{-g / rho}`` where nu is relaxed, with g moved by ``eps log_v``."""
         if math.isinf(self.rho[1]):
             return self.b.double()
-        return self.b.double() * torch.exp(-(self.g.double() + self.eps * log_v) / self.rho[1])
+        return self.b.double() * torch.exp(-(self.g.double() + self.unit * log_v) / self.rho[1])
 
     def errors(self) -> Tensor:
-        """Relative L1 distance of nu's marginal from its target, ``(*b,)``."""
-        return relative(self.columns, self.goal())
+        """Relative L1 distance of nu's marginal from its target, ``(*b,)``, in units of ``slack``."""
+        return relative(self.columns, self.goal()) / self.slack
 
     def error(self) -> float:
         """The worst of a batch."""
         return float(self.errors().max())
+
+    def worst(self, tolerance: float) -> tuple[float, float]:
+        """The true error and tolerance of the problem that is furthest from its tolerance."""
+        errors = self.errors()
+        slack = as_eps(self.slack, errors).expand(errors.shape).flatten()
+        k = int(errors.argmax())
+        return float(errors.flatten()[k] * slack[k]), float(tolerance * slack[k])
 
     @property
     def sunk(self) -> Tensor:
@@ -128,7 +149,7 @@ class State:
 
     def move(self, log_v: Tensor) -> None:
         """``g += eps log_v``."""
-        g = self.g + self.eps * log_v.to(self.g)
+        g = self.g + self.unit * log_v.to(self.g)
         self.g = torch.where(self.live[1], g, 0.0) if self.zeros else g
         self.fresh = self.known = False
 
@@ -204,16 +225,16 @@ class Exact(Step):
         sunk = bool((state.sunk & state.live[1]).any())
         if sunk:
             # an atom of nu that underflowed in every row: its sums are to be had in the log domain only
-            lse = state.kernel.T.reduce(state.log_a + state.f / state.eps, state.eps)[0]
-            log_columns = state.log_b.double() + (state.g / state.eps + lse).double()
+            lse = state.kernel.T.reduce(state.log_a + state.f / state.unit, state.eps)[0]
+            log_columns = state.log_b.double() + (state.g / state.unit + lse).double()
         else:
             log_columns = columns.log()
         rest = torch.where(state.live[1], state.damp[1] * (goal.log() - log_columns), 0.0)
-        here = state.g.double() / state.eps
+        here = state.g.double() / state.unit
         if state.correct is not None and not sunk:
             rest = state.correct(goal - columns, rest)
         else:
-            rest = rest - state.imbalance((state.eps * (here + rest)).to(state.g)).double() / state.eps
+            rest = rest - state.imbalance((state.unit * (here + rest)).to(state.g)).double() / state.unit
         self._plain = max(0, self._plain - 1)
         if sunk or self._plain:
             self._past = []
@@ -268,7 +289,7 @@ class HalfSteps(Step):
         while done < most and not stop:
             look = done % self.every == self.every - 1 or done == most - 1
             step = goal / columns  # 0 at an atom of zero weight
-            v = _relaxed(v, step if lam_b == 1 else step.pow_(lam_b), omega)
+            v = _relaxed(v, step if math.isinf(state.rho[1]) else step.pow_(lam_b), omega)
             sums = model.times(v)
             sums = sums if lack is None else sums.add_(lack[0]).clamp_(min=tiny)
             # where the error is looked at, f is exact as everywhere else
@@ -283,7 +304,7 @@ class HalfSteps(Step):
                     return Exact().advance(state, most, check)
                 if spread > (TRUST if model.sparse else RANGE):
                     break
-                errors = relative(columns * v, state.goal(log_v))
+                errors = relative(columns * v, state.goal(log_v)) / state.slack
                 stop = check(state.iterations + done, float(errors.max()))
                 pace.look(errors, self.every)
                 omega = pace.omega

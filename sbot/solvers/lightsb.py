@@ -175,6 +175,8 @@ def refuse_unlike_points(problem: Problem) -> str | None:
             return f"{name} has samples of shape {measure.event_shape}, needs points (d,); flatten them"
         if measure.batch_shape:
             return f"{name} has batch dimensions {measure.batch_shape}; solve the problems one by one"
+    if problem.eps_leaf is not None:
+        return "eps wants a gradient, which exists for Sinkhorn and ClosedForm only; pass float(eps)"
     if problem.relax != (INF, INF):
         return "the marginals are relaxed; try Sinkhorn on samples: sbot.Discrete(mu.sample(4096))"
     ends = (problem.mu, problem.nu)
@@ -195,7 +197,7 @@ class _Fitting:
         assert isinstance(reference, LinearReference)
         self.like = torch.empty((), dtype=problem.dtype, device=problem.device)
         self.step = reference.transition(0.0, 1.0).to(self.like)
-        self.noise = problem.eps * self.step.cov  # eps Q
+        self.noise = problem.one_eps * self.step.cov  # eps Q
         self.pairs = self._pairs(solver.teacher)
         x, y = self._raw(LOOK)
         self.centres = x.mean(0), y.mean(0)
@@ -268,7 +270,7 @@ class _Fitting:
             tau = self.tau if cooled == 1 else math.exp((1 - cooled) * math.log(hot) + cooled * math.log(self.tau))
             loss, _ = trainer.step(self._data(next(batches)), self._loss(tau), done, total)
             done += 1
-            state = Progress(done, self.problem.eps * tau / self.tau, math.nan, solver.tol, loss, total)
+            state = Progress(done, self.problem.one_eps * tau / self.tau, math.nan, solver.tol, loss, total)
             said = [call(state) for call in fit.callbacks]  # all of them are called
             asked = any(answer is True for answer in said)
             if done % every == 0 or done == total or asked:
@@ -323,7 +325,7 @@ def _mixture(module: nn.Module) -> AdjustedMixture:
 
 def _normalised(problem: Problem, psi: Quadratics, atoms: int, generator: torch.Generator) -> tuple[Atoms, Quadratics]:
     """``phi = mu / psi_0`` on atoms of mu, with a constant moved so that ``E_mu f = E_nu g``."""
-    mu, eps = problem.mu, problem.eps
+    mu, eps = problem.mu, problem.one_eps
     if isinstance(mu, Discrete):
         assert mu.points is not None
         x, share = mu.points.detach(), mu.weights.detach()
@@ -346,5 +348,5 @@ def _residual(bridge: PotentialBridge, generator: torch.Generator) -> float:
     x, y = (end.sample(COMPARED, generator=generator) for end in (bridge.problem.mu, bridge.problem.nu))
     ends = torch.cat([bridge.condition(part).sample(generator=generator) for part in torch.split(x, 512)])
     spread = float(torch.pdist(y[:512].double()).mean()) / 2
-    unit = spread if spread > 0 else bridge.problem.eps**0.5
+    unit = spread if spread > 0 else bridge.problem.one_eps**0.5
     return max(0.0, float(energy_distance(ends, y))) / unit

@@ -70,7 +70,7 @@ class Newton(Step):
         inner = lam * r / sums.clamp(min=torch.finfo(sums.dtype).tiny)
         whole = model.transposed_times(r)
         if not math.isinf(state.rho[1]):
-            whole = whole + state.eps / state.rho[1] * goal
+            whole = whole + state.unit / state.rho[1] * goal
         ridge = self.ridge * errors.clamp(max=1.0)[..., None]
         diagonal = (whole - model.squares(inner)).clamp(min=1e-3 * whole) + ridge * whole
         whole = (1 + ridge) * whole

@@ -139,7 +139,7 @@ class PlugIn(Solver):
         if refusal is not None:
             raise InvalidProblem(f"PlugIn: {refusal}")
         mu, nu = (self._draw(end, name, generator) for name, end in (("mu", problem.mu), ("nu", problem.nu)))
-        drawn = Problem.of(mu, nu, problem.eps, problem.reference)
+        drawn = Problem.of(mu, nu, problem.one_eps, problem.reference)
         refusal = self.solver.accepts(drawn)
         if refusal is not None:
             raise InvalidProblem(f"PlugIn with {type(self.solver).__name__}: {refusal}")
@@ -187,5 +187,5 @@ def _pooled(problem: Problem, phi: Atoms, psi: Atoms) -> tuple[Atoms, Atoms]:
     count = len(psi.log_weights)
     pooled = Atoms(psi.points.flatten(0, 1), psi.log_weights.flatten() - torch.tensor(float(count)).log())
     x = phi.points.flatten(0, 1)
-    pulled = problem.reference.pull_back(pooled, 0.0, x, problem.eps).log_mass
+    pulled = problem.reference.pull_back(pooled, 0.0, x, problem.one_eps).log_mass
     return Atoms(x, (problem.mu.weights.flatten() / count).log() - pulled), pooled

@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import final
 
+from torch import Tensor
+
 from ..arrays import as_number
 from ..errors import InvalidProblem
+from ..linalg import Eps
 
 
 @final
@@ -38,9 +41,15 @@ class Schedule:
         if not 0 < as_number(self.factor, "factor") < 1 or not 0 < as_number(self.tolerance, "tolerance") < math.inf:
             raise InvalidProblem(f"{self!r} is no schedule; give 0 < factor < 1 and a finite tolerance > 0")
 
-    def stages(self, start: float, eps: float, tolerance: float) -> Iterator[tuple[float, float]]:
-        """Equal ratios of at least ``factor`` from about ``start``; one stage where eps is not smaller."""
-        steps = max(0, math.ceil(math.log(start / eps) / -math.log(self.factor))) if start > eps else 0
+    def stages(self, start: Eps, eps: Eps, tolerance: float) -> Iterator[tuple[Eps, float]]:
+        """Equal ratios of at least ``factor`` from about ``start``; one stage where eps is not smaller.
+
+        Of a batch with an eps ``(*b,)`` each problem has ratios of its own, and as many stages as the one that needs most.
+        """
+        ratio = start / eps
+        ratio = ratio.clamp(min=1.0) if isinstance(ratio, Tensor) else ratio
+        top = float(ratio.max()) if isinstance(ratio, Tensor) else ratio
+        steps = math.ceil(math.log(top) / -math.log(self.factor)) if top > 1 else 0
         for k in range(steps, 0, -1):
-            yield eps * (start / eps) ** (k / steps), max(self.tolerance, tolerance)
+            yield eps * ratio ** (k / steps), max(self.tolerance, tolerance)
         yield eps, tolerance

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-from ..arrays import as_count, as_number
+from ..arrays import as_count, as_number, refuse_forward_mode
 from ..bridge import Bridge, Report
 from ..costs import MatrixCost
 from ..diffusion import Intractable
 from ..errors import InvalidProblem, NotConverged, NumericalError, PrecisionWarning
 from ..kernels import Conditionals, DenseKernel, make_kernel
+from ..linalg import Eps, as_eps
 from ..measures import Discrete
 from ..potential_bridge import PotentialBridge
 from ..potentials import Atoms
@@ -104,6 +105,8 @@ class Sinkhorn(Solver):
         refusal = self.accepts(problem)
         if refusal is not None:
             raise InvalidProblem(f"Sinkhorn: {refusal}")
+        assert isinstance(problem.mu, Discrete) and isinstance(problem.nu, Discrete)
+        refuse_forward_mode(problem.mu.weights, problem.nu.weights)
         start = time.perf_counter()
         with torch.no_grad(), reporting(progress, "Sinkhorn") as report:
             coarse = self._coarse(problem) if init is None else None
@@ -113,18 +116,17 @@ class Sinkhorn(Solver):
             reason, counts = "max_iter", dict.fromkeys((Exact.name, HalfSteps.name, Newton.name), 0)
             for k, (eps, tolerance) in enumerate(stages):
                 last = k == len(stages) - 1
-                watch = _Watch(eps, tolerance, last, goal.reach, history, report)
-                self._stage(state, eps, last, watch, counts)
+                state.eps = eps
+                watch = _Watch(state.largest, tolerance, last, goal.reach, history, report)
+                self._stage(state, last, watch, counts)
                 reason = watch.reason
             state.centre()
             phi, psi = _potentials(problem, state)
-        eps, tolerance = stages[-1]
-        error = state.error()
-        resolved = goal.reach <= max(HOPELESS, tolerance)
-        reason = "precision" if not resolved else "tolerance" if error <= tolerance else reason
+        errors, (error, tolerance) = state.errors(), state.worst(goal.tolerance)
+        reason = "precision" if not goal.resolved else "tolerance" if error <= tolerance else reason
         outcome = Report(
             solver=repr(self),
-            converged=resolved and error <= tolerance,
+            converged=goal.resolved and error <= tolerance,
             reason=reason,
             iterations=state.iterations,
             error=error,
@@ -132,11 +134,16 @@ class Sinkhorn(Solver):
             history=tuple(history),
             seconds=time.perf_counter() - start,
             notes=(*goal.notes, *_started(coarse), _account(counts, state)),
+            errors=tuple((errors * goal.slack).flatten().tolist()) if problem.batch_shape else (),
+            tolerances=tuple((torch.ones_like(errors) * goal.slack * goal.tolerance).flatten().tolist())
+            if problem.batch_shape
+            else (),
         )
         if not outcome.converged:
             warnings.warn(
-                f"Sinkhorn stopped ({reason}) after {outcome.iterations} iterations at marginal error {error:.1e} for a "
-                f"tolerance of {tolerance:.1e}; raise max_iter or eps, loosen tol, use float64, or continue with init=bridge",
+                f"Sinkhorn stopped ({reason}) after {outcome.iterations} iterations at marginal error {error:.1e}"
+                f"{_worst(errors)} for a tolerance of {tolerance:.1e}; raise max_iter or eps, loosen tol, use float64, "
+                "or continue with init=bridge",
                 NotConverged,
                 stacklevel=3,
             )
@@ -167,50 +174,57 @@ class Sinkhorn(Solver):
         across = make_kernel(problem.cost, parts.sites[0], problem.sites[1].detach()).T
         return _Coarse(bridge, Correction(state, cells, across) if state.known else None)
 
-    def _prepare(self, problem: Problem, init: Bridge | None) -> tuple[State, list[tuple[float, float]], _Goal]:
+    def _prepare(self, problem: Problem, init: Bridge | None) -> tuple[State, list[tuple[Eps, float]], _Goal]:
         mu, nu, eps = problem.mu, problem.nu, problem.eps
         assert isinstance(mu, Discrete) and isinstance(nu, Discrete)
         kernel = make_kernel(problem.cost, *problem.sites, memory=self.memory)
-        mean, largest = (float(part.max()) for part in kernel.scale())
-        if not math.isfinite(largest):
+        mean, largest = kernel.scale()
+        if not bool(torch.isfinite(largest).all()):
             raise NumericalError("the cost overflows this dtype; rescale the points (and eps) or use float64")
         goal = self._goal(problem, largest)
         g = torch.zeros_like(nu.weights)
         if init is not None:
             g = _warm(problem, init)
-            mean = min(mean, init.problem.eps)
+            mean = mean.clamp(max=as_eps(init.problem.eps, mean))
+        start = START * mean.to(problem.dtype) if isinstance(eps, Tensor) else START * float(mean.max())
         stages = [(eps, goal.tolerance)]
         if self.anneal is not None:
-            stages = list(self.anneal.stages(START * mean, eps, goal.tolerance))
+            stages = list(self.anneal.stages(start, eps, goal.tolerance))
         a, b = mu.weights.detach(), nu.weights.detach()
-        taken = kernel.matrix.numel() * kernel.dtype.itemsize if isinstance(kernel, DenseKernel) else 0
+        taken = kernel.stored.numel() * kernel.dtype.itemsize if isinstance(kernel, DenseKernel) else 0
         model = Conditionals(kernel, max(0, self.memory - (0 if isinstance(problem.cost, MatrixCost) else taken)))
-        state = State(kernel, a, b, problem.relax, g, model if model.possible else None)
+        state = State(kernel, a, b, problem.relax, g, model if model.possible else None, slack=goal.slack)
         where = "stored" if isinstance(kernel, DenseKernel) else "computed by tiles"
         values = f"{len(stages)} value{'s' if len(stages) > 1 else ''} of eps"
         said = f"cost {where}, {values}"
         return state, stages, replace(goal, notes=(*problem.notes, *goal.notes, said))
 
-    def _goal(self, problem: Problem, largest: float) -> _Goal:
+    def _goal(self, problem: Problem, largest: Tensor) -> _Goal:
         machine = torch.finfo(problem.dtype).eps
         wanted = math.sqrt(machine) if self.tol is None else float(self.tol)
-        reach = machine * max(REACH * largest / problem.eps, 8.0)
-        if reach <= wanted:
-            return _Goal(wanted, reach)
-        name, ratio = str(problem.dtype).removeprefix("torch."), problem.eps / max(largest, 1e-300)
-        if reach > HOPELESS:
-            # aim at what still means something, and report that it is not convergence
-            note = f"{name} cannot resolve eps / max|C| = {ratio:.0e}; use float64 or a larger eps"
-            return _Goal(max(wanted, HOPELESS), reach, (note,))
-        note = f"tolerance raised from {wanted:.1e} to {reach:.1e}, about what {name} can reach at this eps"
-        if self.tol is not None:
-            warnings.warn(f"{note}; use float64, a larger eps or tol=None", PrecisionWarning, stacklevel=5)
-        return _Goal(reach, reach, (note,))
+        reach = machine * (REACH * largest / problem.eps).clamp(min=8.0)
+        most = float(reach.max())
+        if most <= wanted:
+            return _Goal(wanted, most)
+        # where it means nothing, aim at what still does, and report that it is not convergence
+        aim = torch.where(reach > HOPELESS, max(wanted, HOPELESS), reach).clamp(min=wanted)
+        least = float(aim.min())
+        slack: Eps = aim / least if bool((aim > least).any()) else 1.0
+        name = str(problem.dtype).removeprefix("torch.")
+        where = f" (problem {int(reach.argmax())} of the batch)" if problem.batch_shape else ""
+        resolved = not bool((reach > aim.clamp(min=HOPELESS)).any())
+        if not resolved:
+            ratio = float((problem.eps / largest.clamp(min=1e-300)).min())
+            note = f"{name} cannot resolve eps / max|C| = {ratio:.0e}{where}; use float64 or a larger eps"
+        else:
+            note = f"tolerance raised from {wanted:.1e} to {most:.1e}{where}, about what {name} can reach at this eps"
+            if self.tol is not None:
+                warnings.warn(f"{note}; use float64, a larger eps or tol=None", PrecisionWarning, stacklevel=5)
+        return _Goal(least, float((reach / slack).max()), slack, resolved, (note,))
 
-    def _stage(self, state: State, eps: float, last: bool, watch: _Watch, counts: dict[str, int]) -> None:
+    def _stage(self, state: State, last: bool, watch: _Watch, counts: dict[str, int]) -> None:
         """One eps: half-steps while they gain enough, then Newton; every step ends in the log domain, which alone is believed."""
         limit = self.max_iter if last else min(self.max_iter, state.iterations + STAGE_LIMIT)
-        state.eps = eps
         state.settle()
         self._iterate(state, limit, last, watch, counts)
 
@@ -246,7 +260,7 @@ def _few(state: State, tolerance: float) -> Tensor | None:
 
 def _fitting(step: Step, state: State) -> Step:
     """``step``, where the state allows it: a model and masses that are not too far off, else the exact half-step."""
-    if not state.known and state.model is not None and state.eps <= state.roomless / 2:
+    if not state.known and state.model is not None and state.largest <= state.roomless / 2:
         state.settle()
     exact = step if isinstance(step, Exact) else Exact()
     if not state.known:
@@ -299,6 +313,14 @@ def _started(coarse: _Coarse | None) -> tuple[str, ...]:
     return (f"started from a solution between {mu.n} and {nu.n} cells of atoms, whose Newton steps correct the passes",)
 
 
+def _worst(errors: Tensor) -> str:
+    """Which problem of a batch has the largest error, as `Bridge` is indexed."""
+    if not errors.ndim:
+        return ""
+    index = tuple(int(k) for k in torch.unravel_index(errors.argmax(), errors.shape))
+    return f" in problem {index[0] if len(index) == 1 else index} of the batch"
+
+
 def _account(counts: dict[str, int], state: State) -> str:
     done = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     if state.known and state.model is not None and state.model.sparse:
@@ -326,7 +348,7 @@ def _warm(problem: Problem, init: Bridge) -> Tensor:
 
 
 def _potentials(problem: Problem, state: State) -> tuple[Atoms, Atoms]:
-    eps, (x, y), (at_x, at_y) = problem.eps, problem.sites, problem.values
+    eps, (x, y), (at_x, at_y) = state.unit, problem.sites, problem.values
     numbered = isinstance(problem.cost, MatrixCost)
     log_phi = torch.where(state.a > 0, state.log_a + state.f / eps, -torch.inf)
     log_psi = torch.where(state.b > 0, state.log_b + state.g / eps, -torch.inf) + problem.log_normaliser()
@@ -338,10 +360,15 @@ def _potentials(problem: Problem, state: State) -> tuple[Atoms, Atoms]:
 
 @dataclass(frozen=True)
 class _Goal:
-    """The tolerance to stop at, what rounding leaves at least, and what to say about it."""
+    """The tolerance to stop at, what rounding leaves at least, and what to say about it.
+
+    Both are those of the problem of a batch that can do best; the others are measured in their ``slack``.
+    """
 
     tolerance: float
     reach: float
+    slack: Eps = 1.0
+    resolved: bool = True
     notes: tuple[str, ...] = ()
 
 

@@ -39,7 +39,7 @@ def test_groups_keep_mass_and_mean(generator):
     assert group.measure.n == 16
     torch.testing.assert_close(group.measure.mass, a.sum())
     torch.testing.assert_close(group.measure.weights @ group.measure.points, a @ x)
-    within = (x - group.measure.points[group.index]).square().sum(1)
+    within = (x - group.measure.points[group.label]).square().sum(1)
     assert math.isclose(group.spread, float((a * within).sum() / a.sum() / 2), rel_tol=1e-12)
     alone = cells.grouped(sbot.Discrete(x[:7], a[:7] + 1), x[:7], 2)
     assert alone.measure.n == 4

@@ -46,7 +46,10 @@ BAD = [
     (lambda: sbot.solve_bridge(X[:0], Y, 0.1), r"mu points have shape \(0, 2\); give \(n, d\) with n >= 1"),
     (lambda: sbot.solve_bridge(X[:, :0], Y[:, :0], 0.1), r"mu points have shape \(6, 0\)"),
     (lambda: sbot.solve_bridge(X, Y[:, :1], 0.1), r"mu has samples of shape \(2,\) and nu of shape \(1,\)"),
-    (lambda: sbot.solve_bridge(X[None], Y, 0.1), r"mu has batch dimensions \(1,\) and nu \(\)"),
+    (
+        lambda: sbot.solve_bridge(X.expand(2, 6, 2), Y.expand(3, 5, 2), 0.1),
+        r"mu has batch dimensions \(2,\) and nu \(3,\)",
+    ),
     (lambda: sbot.solve_bridge(X.to(torch.complex64), Y, 0.1), "mu has dtype torch.complex64"),
     (lambda: sbot.solve_bridge(X > 0, Y, 0.1), "mu has dtype torch.bool"),
     (lambda: sbot.solve_bridge(X.to_sparse(), Y, 0.1), r"mu is a sparse tensor; pass mu.to_dense\(\)"),
@@ -77,8 +80,8 @@ BAD = [
     (lambda: sbot.solve_bridge(X, Y, INF), "eps is inf"),
     (lambda: sbot.solve_bridge(X, Y, "small"), "eps is the string 'small'"),
     (lambda: sbot.solve_bridge(X, Y, True), "eps must be a real number, not bool"),
-    (lambda: sbot.solve_bridge(X, Y, [0.1]), "eps must be a real number, not list"),
-    (lambda: sbot.solve_bridge(X, Y, torch.tensor([0.1])), "eps must be a real number, not Tensor"),
+    (lambda: sbot.solve_bridge(X, Y, [0.1]), "eps has shape \\(1,\\) for a single problem"),
+    (lambda: sbot.solve_bridge(X, Y, torch.tensor([0.1])), "eps has shape \\(1,\\) for a single problem"),
     (lambda: sbot.solve_bridge(X, Y, None), "eps must be a real number, not NoneType"),
     # relax
     (lambda: sbot.solve_bridge(X, Y, 0.1, relax=0.0), r"relax is \(0.0, 0.0\); give numbers > 0"),
