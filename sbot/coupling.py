@@ -397,16 +397,26 @@ class _Value(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         f, g, *inputs = ctx.saved_tensors
         wanted = [k for k, need in enumerate(ctx.needs_input_grad[3:]) if need]
-        again = torch.is_grad_enabled()
         refuse_vmap(grads[0], "the gradient of the cost")
-        with torch.enable_grad():
-            # views, where there is a graph: the derivative is taken at them, and not through the potentials
-            parts = [part.view_as(part) if again and k in wanted else part for k, part in enumerate(inputs)]
-            said = [ctx.eps if parts[0] is None else parts[0], *parts[1:]]
-            total = (ctx.coupling.written_out if again else ctx.coupling.envelope)(f, g, *said)
-            got = torch.autograd.grad(
-                total, [parts[k] for k in wanted], grads[0], create_graph=again, allow_unused=True
-            )
+        leaves = [inputs[k] for k in wanted]
+        # after a transform of torch.func has ended nothing is left to take a second derivative in
+        again = torch.is_grad_enabled() and any(part.requires_grad for part in leaves)
+
+        def value(*moved: Tensor) -> Tensor:
+            parts: list[Any] = [ctx.eps if inputs[0] is None else inputs[0], *inputs[1:]]
+            for k, part in zip(wanted, moved, strict=True):
+                parts[k] = part
+            total: Tensor = (ctx.coupling.written_out if again else ctx.coupling.envelope)(f, g, *parts)
+            return total
+
+        got: tuple[Tensor | None, ...]
+        if again:
+            with torch.enable_grad():
+                # views: the derivative is taken at them, and not through the potentials
+                leaves = [part.view_as(part) for part in leaves]
+                got = torch.autograd.grad(value(*leaves), leaves, grads[0], create_graph=True, allow_unused=True)
+        else:
+            got = linalg.pulled_back(value, leaves, grads[0])
         out: list[Tensor | None] = [None] * len(inputs)
         for k, part in zip(wanted, got, strict=True):
             out[k] = part
