@@ -84,7 +84,7 @@ def refuse_forward_mode(*tensors: Tensor | None) -> None:
 
 
 def _has_tangent(tensor: Tensor) -> bool:
-    if forward_ad.unpack_dual(tensor).tangent is not None:
+    if forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
         return True
     if not _functorch.is_functorch_wrapped_tensor(tensor):
         return False

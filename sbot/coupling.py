@@ -399,24 +399,23 @@ class _Value(torch.autograd.Function):
         wanted = [k for k, need in enumerate(ctx.needs_input_grad[3:]) if need]
         refuse_vmap(grads[0], "the gradient of the cost")
         leaves = [inputs[k] for k in wanted]
-        # after a transform of torch.func has ended nothing is left to take a second derivative in
-        again = torch.is_grad_enabled() and any(part.requires_grad for part in leaves)
 
-        def value(*moved: Tensor) -> Tensor:
+        def filled(*moved: Tensor) -> list[Any]:
             parts: list[Any] = [ctx.eps if inputs[0] is None else inputs[0], *inputs[1:]]
             for k, part in zip(wanted, moved, strict=True):
                 parts[k] = part
-            total: Tensor = (ctx.coupling.written_out if again else ctx.coupling.envelope)(f, g, *parts)
-            return total
+            return parts
 
-        got: tuple[Tensor | None, ...]
-        if again:
-            with torch.enable_grad():
-                # views: the derivative is taken at them, and not through the potentials
-                leaves = [part.view_as(part) for part in leaves]
-                got = torch.autograd.grad(value(*leaves), leaves, grads[0], create_graph=True, allow_unused=True)
-        else:
-            got = linalg.pulled_back(value, leaves, grads[0])
+        got: tuple[Tensor | None, ...] | None = None
+        if torch.is_grad_enabled():
+            # views: the derivative is taken at them, and not through the potentials
+            views = [part.view_as(part) for part in leaves]
+            total = ctx.coupling.written_out(f, g, *filled(*views))
+            # where a transform of torch.func has ended, there is no graph to add to
+            if total.requires_grad:
+                got = torch.autograd.grad(total, views, grads[0], create_graph=True, allow_unused=True)
+        if got is None:
+            got = linalg.pulled_back(lambda *moved: ctx.coupling.envelope(f, g, *filled(*moved)), leaves, grads[0])
         out: list[Tensor | None] = [None] * len(inputs)
         for k, part in zip(wanted, got, strict=True):
             out[k] = part
