@@ -76,14 +76,25 @@ def refuse_vmap(tensor: Tensor, name: str) -> None:
 def refuse_forward_mode(*tensors: Tensor | None) -> None:
     """Raise `Unsupported` for tensors with a tangent, under other transforms too."""
     for tensor in tensors:
-        while tensor is not None:
-            if forward_ad.unpack_dual(tensor).tangent is not None:
-                raise Unsupported(
-                    "plans between atoms have reverse-mode derivatives only, not those of torch.func.jvp, jacfwd and hessian; "
-                    "use torch.func.grad, vjp or jacrev(f, chunk_size=1), the last one on the gradient of "
-                    "bridge.differentiable().cost() for a Hessian"
-                )
-            tensor = _functorch.get_unwrapped(tensor) if _functorch.is_functorch_wrapped_tensor(tensor) else None
+        if tensor is not None and _has_tangent(tensor):
+            raise Unsupported(
+                "plans between atoms have reverse-mode derivatives only, not those of torch.func.jvp, jacfwd and hessian; use "
+                "torch.func.grad, vjp or jacrev(f, chunk_size=1), the last one on the gradient of "
+                "bridge.differentiable().cost() for a Hessian"
+            )
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    if forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
+        return True
+    if not _functorch.is_functorch_wrapped_tensor(tensor):
+        return False
+    # beneath another transform a tangent is out of sight, but not the transform that made it
+    level = _functorch.maybe_get_level(tensor)
+    stack = _functorch.get_interpreter_stack() or []
+    if any(part.level() == level and part.key() == _functorch.TransformType.Jvp for part in stack):
+        return True
+    return _has_tangent(_functorch.get_unwrapped(tensor))
 
 
 def _from_tensor(tensor: Tensor, name: str, weak: torch.dtype) -> Tensor:

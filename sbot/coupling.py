@@ -489,16 +489,25 @@ class _Value(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         f, g, *inputs = ctx.saved_tensors
         wanted = [k for k, need in enumerate(ctx.needs_input_grad[3:]) if need]
-        again = torch.is_grad_enabled()
         refuse_vmap(grads[0], "the gradient of the cost")
-        with torch.enable_grad():
-            # views, where there is a graph: the derivative is taken at them, and not through the potentials
-            parts = [part.view_as(part) if again and k in wanted else part for k, part in enumerate(inputs)]
-            said = [ctx.eps if parts[0] is None else parts[0], *parts[1:]]
-            total = (ctx.coupling.written_out if again else ctx.coupling.envelope)(f, g, *said)
-            got = torch.autograd.grad(
-                total, [parts[k] for k in wanted], grads[0], create_graph=again, allow_unused=True
-            )
+        leaves = [inputs[k] for k in wanted]
+
+        def filled(*moved: Tensor) -> list[Any]:
+            parts: list[Any] = [ctx.eps if inputs[0] is None else inputs[0], *inputs[1:]]
+            for k, part in zip(wanted, moved, strict=True):
+                parts[k] = part
+            return parts
+
+        got: tuple[Tensor | None, ...] | None = None
+        if torch.is_grad_enabled():
+            # views: the derivative is taken at them, and not through the potentials
+            views = [part.view_as(part) for part in leaves]
+            total = ctx.coupling.written_out(f, g, *filled(*views))
+            # where a transform of torch.func has ended, there is no graph to add to
+            if total.requires_grad:
+                got = torch.autograd.grad(total, views, grads[0], create_graph=True, allow_unused=True)
+        if got is None:
+            got = linalg.pulled_back(lambda *moved: ctx.coupling.envelope(f, g, *filled(*moved)), leaves, grads[0])
         out: list[Tensor | None] = [None] * len(inputs)
         for k, part in zip(wanted, got, strict=True):
             out[k] = part

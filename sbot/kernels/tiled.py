@@ -109,7 +109,11 @@ class TiledKernel(LogKernel):
         u, v = self._embedded
         if not self.batch_shape and not isinstance(eps, Tensor):
             return torch.addmm(column, u[rows], v.mT, alpha=1 / eps, out=out)
-        return torch.matmul(u[..., rows, :], v.mT, out=out).mul_(along(1 / eps, 2)).add_(column[..., None, :])
+        if torch._C._are_functorch_transforms_active():  # which know no out= here
+            out.copy_(torch.matmul(u[..., rows, :], v.mT))
+        else:
+            torch.matmul(u[..., rows, :], v.mT, out=out)
+        return out.mul_(along(1 / eps, 2)).add_(column[..., None, :])
 
     def offset(self, eps: Eps) -> Tensor | None:
         return None if self._embedded is None else self._embedded[0].square().sum(-1) / along(-2 * eps, 1)

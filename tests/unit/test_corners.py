@@ -249,7 +249,7 @@ def test_a_loader_loses_nothing():
         (lambda x: sbot.solve_bridge(x, x, 1e-310), "eps is 1e-310, outside the range of torch.float64"),
         (lambda x: sbot.solve_bridge(x.float(), x.float(), 1e-40), "outside the range of torch.float32"),
         (lambda x: sbot.solve_bridge(x, x, 10**400), "eps is beyond the range of a float"),
-        (lambda x: sbot.solve_bridge(x, x, torch.tensor(0.1, requires_grad=True)), "eps wants a gradient"),
+        (lambda x: sbot.solve_bridge(x, x, 0.1, relax=torch.tensor(0.1, requires_grad=True)), "wants a gradient"),
         (lambda x: sbot.solve_bridge(x.to(torch.float8_e5m2), x, 0.1), "float8_e5m2, which has no arithmetic"),
         (lambda x: sbot.OrnsteinUhlenbeck(-400), "rate is -400.0; beyond 100"),
         (lambda x: sbot.solve_bridge(x, x, 1.0, reference=sbot.LinearSDE(-250.0)), "forgets where it started"),
