@@ -164,14 +164,18 @@ class PotentialBridge(Bridge):
     def potentials(self) -> Potentials:
         eps, (rho_mu, rho_nu) = self.problem.eps, self.problem.relax
 
+        tops = self.coupling.ceilings if isinstance(self.coupling, DiscreteCoupling) else None
+
         def f(x: Any) -> Tensor:
-            return -damping(rho_mu, eps) * eps * self.condition(x).log_mass
+            value = -damping(rho_mu, eps) * eps * self.condition(x).log_mass
+            return value if tops is None else torch.minimum(value, tops[0])
 
         def g(y: Any) -> Tensor:
             points = self._points(y, "y")
             tilted, jacobian = self.problem.reference.push_forward(self.phi, 1.0, points, eps)
             log_mass = tilted.log_mass + jacobian.to(self.problem.device) + self.problem.log_normaliser()
-            return -damping(rho_nu, eps) * eps * log_mass
+            value = -damping(rho_nu, eps) * eps * log_mass
+            return value if tops is None else torch.minimum(value, tops[1])
 
         return Potentials(
             DualPotential(self._cast(f), lambda: self._dual_values()[0]),

@@ -10,7 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from .arrays import HALF, as_number
+from .arrays import HALF, as_number, as_tensor, require_finite
 from .costs import Cost, MatrixCost
 from .errors import InvalidProblem
 from .measures import Discrete, Measure, as_measure
@@ -38,6 +38,7 @@ class Problem:
     relax : ``(rho_mu, rho_nu)``, the strength of ``rho KL(marginal | given)``; infinite for a hard constraint.
     result_dtype : dtype of what a bridge returns; half precisions are computed in float32 and cast back.
     notes : what was done to the input, for the report.
+    mass : what a partial plan carries, ``(*b,)`` in float64: the marginals are then bounds; None where they are not.
     """
 
     mu: Measure
@@ -47,9 +48,19 @@ class Problem:
     relax: tuple[float, float] = (INF, INF)
     result_dtype: torch.dtype = torch.float64
     notes: tuple[str, ...] = ()
+    mass: Tensor | None = None
 
     @classmethod
-    def of(cls, mu: Any, nu: Any, eps: Any, reference: Any = None, cost: Any = None, relax: Any = None) -> Problem:
+    def of(
+        cls,
+        mu: Any,
+        nu: Any,
+        eps: Any,
+        reference: Any = None,
+        cost: Any = None,
+        relax: Any = None,
+        mass: Any = None,
+    ) -> Problem:
         """Convert and check every argument; raises `InvalidProblem` with the argument, the fault and the way out."""
         epsilon = _check_eps(eps)
         rho = _check_relax(relax)
@@ -76,6 +87,8 @@ class Problem:
         problem = cls(a, b, epsilon, ref, rho, result, tuple(notes))
         problem._check_shapes()
         coarsest = max(torch.finfo(source).eps for source in sources)
+        if mass is not None:
+            return problem._partial(mass, coarsest)
         return problem._balance(coarsest) if rho == (INF, INF) else problem
 
     # ---- what solvers and bridges read -----------------------------------------------------------------------------
@@ -95,6 +108,11 @@ class Problem:
         """The points of the atoms, None for a histogram."""
         assert isinstance(self.mu, Discrete) and isinstance(self.nu, Discrete)
         return self.mu.points, self.nu.points
+
+    @property
+    def hard(self) -> bool:
+        """Whether the plan has exactly the marginals mu and nu."""
+        return self.relax == (INF, INF) and self.mass is None
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
@@ -128,10 +146,11 @@ class Problem:
             mu=self.mu.to(dtype=dtype, device=device),
             nu=self.nu.to(dtype=dtype, device=device),
             reference=reference,
+            mass=None if self.mass is None else self.mass.to(device=device),
         )
         # what was equal in the old dtype is made equal in the new one
         coarsest = max(torch.finfo(self.dtype).eps, torch.finfo(moved.dtype).eps)
-        return moved._balance(coarsest) if self.relax == (INF, INF) else moved
+        return moved._balance(coarsest) if self.hard else moved
 
     # ---- checks ----------------------------------------------------------------------------------------------------
 
@@ -186,6 +205,30 @@ class Problem:
                     "allow a pair or drop the atom"
                 )
 
+    def _partial(self, mass: Any, rounding: float) -> Problem:
+        """The problem with a prescribed ``mass``, at most that of either side."""
+        if self.relax != (INF, INF):
+            raise InvalidProblem("mass= bounds both marginals and relax= weighs them; drop one of them")
+        if not isinstance(self.mu, Discrete) or not isinstance(self.nu, Discrete):
+            raise InvalidProblem("a prescribed mass needs atoms on both sides; draw some: sbot.Discrete(mu.sample(4096))")
+        s = as_tensor(mass, "mass", like=self.mu.weights.double())
+        require_finite(s, "mass")
+        if s.device != self.device or tuple(s.shape) not in {(), self.batch_shape}:
+            where = f"shape {tuple(s.shape)} on {s.device}"
+            raise InvalidProblem(f"mass has {where}; give a number, or one for each problem: {self.batch_shape}")
+        s = s.double().expand(self.batch_shape)
+        most = torch.minimum(self.mu.weights.detach().double().sum(-1), self.nu.weights.detach().double().sum(-1))
+        slack = 1e-8 if rounding < 1e-8 else 1e-5 if rounding < 1e-5 else 1e-2
+        wrong = torch.nonzero(((s <= 0) | (s > most * (1 + slack))).flatten())
+        if len(wrong):
+            k = int(wrong[0])
+            which = f" in problem {k} of the batch" if self.batch_shape else ""
+            raise InvalidProblem(
+                f"mass is {float(s.flatten()[k]):.9g}{which}, and mu and nu hold {float(self.mu.mass.flatten()[k]):.9g} and "
+                f"{float(self.nu.mass.flatten()[k]):.9g}; give 0 < mass <= {float(most.flatten()[k]):.9g}"
+            )
+        return replace(self, mass=torch.minimum(s, most))
+
     def _balance(self, rounding: float) -> Problem:
         """Equal masses up to what the input's ``rounding`` explains are made equal; others are refused."""
         if not isinstance(self.mu, Discrete) or not isinstance(self.nu, Discrete):
@@ -197,7 +240,7 @@ class Problem:
         if worst > (1e-8 if rounding < 1e-8 else 1e-5 if rounding < 1e-5 else 1e-2):
             raise InvalidProblem(
                 f"sum(mu) = {float(a.flatten()[k]):.9g} and sum(nu) = {float(b.flatten()[k]):.9g}{which}: a balanced problem "
-                "needs equal masses; normalise the weights, or relax the marginals: relax=(rho_mu, rho_nu)"
+                "needs equal masses; normalise the weights, relax the marginals: relax=(rho_mu, rho_nu), or carry a part: mass="
             )
         if worst <= 4 * torch.finfo(self.dtype).eps:
             return self  # as equal as sums get

@@ -41,8 +41,8 @@ class ClosedForm(Solver):
                 return f"{name} is {type(measure).__name__}, needs Gaussian; try sbot.Gaussian.from_samples(x)"
         if not isinstance(problem.reference, LinearReference):
             return f"the reference is {problem.reference!r}, needs a linear one; try reference=sbot.Brownian()"
-        if problem.relax != (INF, INF):
-            return "relaxed marginals have no closed form here; try Sinkhorn on samples: mu.sample(4096)"
+        if not problem.hard:
+            return "relaxed marginals and partial plans have no closed form here; try Sinkhorn on samples: mu.sample(4096)"
         return None
 
     def solve(self, problem: Problem, *, init: Bridge | None = None, progress: Any = None) -> Bridge:

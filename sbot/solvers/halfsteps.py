@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..coupling import damping, dual_term
 from ..kernels import FLOOR, Conditionals, LogKernel
+from ..partial import capped, masses, support
 
 #: after a look at the error: total iterations so far and the error; returns whether to stop
 Check = Callable[[int, float], bool]
@@ -40,7 +41,8 @@ class State:
 
     ``model`` is where the conditional laws are kept, None where iterations stream.  ``rows`` and ``columns`` are the masses
     of the plan, in float64; ``fresh`` says whether they are those of the present g, ``known``
-    whether the model is; ``roomless`` is the smallest eps at which there was no room for one.
+    whether the model is; ``roomless`` is the smallest eps at which there was no room for one.  ``mass`` is what a partial
+    plan carries, ``(*b,)``; ``lse`` and ``loose`` are then the row sums that its pass found, and the rows at the cap.
     """
 
     kernel: LogKernel
@@ -53,9 +55,12 @@ class State:
     iterations: int = 0
     passes: int = 0
     roomless: float = math.inf
+    mass: Tensor | None = None
     f: Tensor = field(init=False)
     rows: Tensor = field(init=False)
     columns: Tensor = field(init=False)
+    lse: Tensor = field(init=False)
+    loose: Tensor = field(init=False)
     known: bool = field(init=False, default=False)
     fresh: bool = field(init=False, default=False)
 
@@ -78,11 +83,21 @@ class State:
         if self.model is not None and keep_model and self.eps <= self.roomless / 2:
             self.model.open()
             keep = self.model.keep
-        seen = self.kernel.conditionals(self.log_b + self.g / self.eps, self.eps, self.a, 1 - lam, keep)
+        bias, rows = self.log_b + self.g / self.eps, self.a
+        if self.mass is not None:
+            # the cap depends on all rows: their sums first
+            self.lse = self.kernel.reduce(bias, self.eps)[0].double()
+            rows = masses(self.log_a, self.lse, self.mass).to(self.a)
+        seen = self.kernel.conditionals(bias, self.eps, rows, 1 - lam, keep)
         if self.model is not None and keep is not None:
             self.known = self.model.close()
             self.roomless = self.roomless if self.known else self.eps
         f = -lam * self.eps * seen.lse
+        if self.mass is not None:
+            height = capped(self.log_a, self.lse, self.mass)
+            self.loose = height >= height.amax(-1, keepdim=True)
+            f = (self.eps * height).to(self.a)
+            self.passes += 1
         # an atom of zero weight may have only forbidden pairs: its potential is infinite and of no consequence
         self.f = torch.where(self.live[0], f, 0.0) if self.zeros else f
         self.rows, self.columns = seen.rows.double(), seen.columns
@@ -93,7 +108,9 @@ class State:
         """These problems of a batch, ``(k,)``, settled."""
         kernel = self.kernel.take(index)
         model = None if self.model is None else self.model.like(kernel)
+        mass = None if self.mass is None else self.mass[index]
         part = State(kernel, self.a[index], self.b[index], self.rho, self.g[index], model, self.eps, self.iterations)
+        part.mass = mass
         part.settle()
         return part
 
@@ -103,8 +120,14 @@ class State:
             getattr(self, name)[index] = getattr(part, name)
         self.iterations, self.passes = part.iterations, self.passes + part.passes
 
-    def goal(self, log_v: Tensor | float = 0.0) -> Tensor:
-        """What the columns should sum to: b, or ``b e^{-g / rho}`` where nu is relaxed, with g moved by ``eps log_v``."""
+    def goal(self, log_v: Tensor | float = 0.0, columns: Tensor | None = None) -> Tensor:
+        """What the columns should sum to: b, or ``b e^{-g / rho}`` where nu is relaxed, with g moved by ``eps log_v``.
+
+        In a partial plan it is what a half-step would make of them, at masses ``columns``; with bounds met that is what they are.
+        """
+        if self.mass is not None:
+            log_c = (self.columns if columns is None else columns).log() - log_v
+            return masses(self.log_b, log_c - self.log_b - self.g.double() / self.eps, self.mass)
         if math.isinf(self.rho[1]):
             return self.b.double()
         return self.b.double() * torch.exp(-(self.g.double() + self.eps * log_v) / self.rho[1])
@@ -121,6 +144,11 @@ class State:
     def sunk(self) -> Tensor:
         """Columns whose mass is below what a pass can tell."""
         return self.columns <= 2 ** (FLOOR[self.a.dtype] + 1) * self.rows.sum(-1, keepdim=True)
+
+    def lift(self, log_columns: Tensor) -> Tensor:
+        """``g / eps`` of a partial plan after its half-step, float64, from the columns' masses."""
+        assert self.mass is not None
+        return capped(self.log_b, log_columns - self.log_b - self.g.double() / self.eps, self.mass)
 
     def move(self, log_v: Tensor) -> None:
         """``g += eps log_v``."""
@@ -147,6 +175,9 @@ class State:
         total = -self.eps * self.rows.sum(-1)
         for weights, potential, rho in ((self.a, self.f, self.rho[0]), (self.b, self.g, self.rho[1])):
             live = torch.where(weights > 0, potential, 0.0).double()
+            if self.mass is not None:
+                total = total + support(live, weights.double(), self.mass)
+                continue
             total = total + (weights.double() * dual_term(live, rho)).sum(-1)
         return total
 
@@ -154,7 +185,11 @@ class State:
         """Share the constant so that ``<a, f>`` and ``<b, g>`` are equal: swapping mu and nu then swaps f and g."""
         if self.rho != (math.inf, math.inf):
             return
-        means = [(w * torch.where(w > 0, p, 0.0)).sum(-1) / w.sum(-1) for w, p in ((self.a, self.f), (self.b, self.g))]
+        sides = (self.a, self.f), (self.b, self.g)
+        if self.mass is None:
+            means = [(w * torch.where(w > 0, p, 0.0)).sum(-1) / w.sum(-1) for w, p in sides]
+        else:
+            means = [support(p, w, self.mass) / self.mass.to(p) for w, p in sides]
         shift = (means[1] - means[0]) / 2
         self.f, self.g = self.f + shift[..., None], self.g - shift[..., None]
 
@@ -193,15 +228,19 @@ class Exact(Step):
 
     def advance(self, state: State, most: int, check: Check) -> bool:
         goal, columns, error = state.goal(), state.columns, state.error()
-        sunk = bool((state.sunk & state.live[1]).any())
-        if sunk:
+        lost = state.sunk & state.live[1]
+        if state.mass is not None:
+            # at the cap of a partial plan a column may have no mass to speak of
+            lost = lost & (state.g < state.g.amax(-1, keepdim=True) - state.eps)
+        if sunk := bool(lost.any()):
             # an atom of nu that underflowed in every row: its sums are to be had in the log domain only
             lse = state.kernel.T.reduce(state.log_a + state.f / state.eps, state.eps)[0]
             log_columns = state.log_b.double() + (state.g / state.eps + lse).double()
         else:
             log_columns = columns.log()
-        rest = torch.where(state.live[1], state.damp[1] * (goal.log() - log_columns), 0.0)
         here = state.g.double() / state.eps
+        wanted = state.damp[1] * (goal.log() - log_columns) if state.mass is None else state.lift(log_columns) - here
+        rest = torch.where(state.live[1], wanted, 0.0)
         self._plain = max(0, self._plain - 1)
         if sunk or self._plain:
             self._past = []
@@ -256,12 +295,17 @@ class HalfSteps(Step):
         log_v, done, stop = torch.zeros_like(goal), 0, False
         while done < most and not stop:
             look = done % self.every == self.every - 1 or done == most - 1
+            if state.mass is not None:
+                goal = state.goal(0.0, columns)
             step = goal / columns  # 0 at an atom of zero weight
             v = _relaxed(v, step if lam_b == 1 else step.pow_(lam_b), omega)
             sums = model.times(v)
             sums = sums if lack is None else sums.add_(lack[0]).clamp_(min=tiny)
-            # where the error is looked at, f is exact as everywhere else
-            u = _relaxed(u, sums.pow_(-lam_a), None if look else omega)
+            if state.mass is not None:
+                u = masses(state.log_a, state.lse + sums.log(), state.mass) / (r * sums).clamp_(min=tiny)
+            else:
+                # where the error is looked at, f is exact as everywhere else
+                u = _relaxed(u, sums.pow_(-lam_a), None if look else omega)
             columns = model.transposed_times(r * u)
             columns = (columns if lack is None else columns.add_(lack[1])).clamp_(min=tiny)
             done += 1
@@ -272,10 +316,11 @@ class HalfSteps(Step):
                     return Exact().advance(state, most, check)
                 if spread > (TRUST if model.sparse else RANGE):
                     break
-                errors = relative(columns * v, state.goal(log_v))
+                errors = relative(columns * v, state.goal(log_v, columns * v))
                 stop = check(state.iterations + done, float(errors.max()))
                 pace.look(errors, self.every)
-                omega = pace.omega
+                # over-relaxation would cross the cap of a partial plan
+                omega = pace.omega if state.mass is None else None
         state.move(log_v)
         state.translate()
         state.iterations += done

@@ -175,8 +175,8 @@ def refuse_unlike_points(problem: Problem) -> str | None:
             return f"{name} has samples of shape {measure.event_shape}, needs points (d,); flatten them"
         if measure.batch_shape:
             return f"{name} has batch dimensions {measure.batch_shape}; solve the problems one by one"
-    if problem.relax != (INF, INF):
-        return "the marginals are relaxed; try Sinkhorn on samples: sbot.Discrete(mu.sample(4096))"
+    if not problem.hard:
+        return "the marginals are relaxed or the plan is partial; try Sinkhorn on samples: sbot.Discrete(mu.sample(4096))"
     ends = (problem.mu, problem.nu)
     if not all(isinstance(end, Discrete) for end in ends):
         for name, end in zip(("mu", "nu"), ends, strict=True):

@@ -8,17 +8,22 @@ that the columns should have (b, or ``b e^{-g / rho}`` where nu is relaxed),
 
 with ``S`` the Schur complement of the Hessian, times eps, and ``lambda_mu = rho_mu / (rho_mu + eps)``.  Conjugate gradients need
 only products with P, one on each side; the further off, the fewer of them (Dembo, Eisenstat and Steihaug 1982).
+
+In a partial plan the atoms at the cap of each side move together, and only their common mass is prescribed: the same equations
+with these atoms merged into one (`partial.Merged`), which atoms they are being taken from a half-step.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..kernels import Conditionals
+from ..partial import Merged
 from .halfsteps import Check, State, Step
 
 
@@ -43,12 +48,17 @@ class Newton(Step):
 
     def advance(self, state: State, most: int, check: Check) -> bool:
         g, errors, value = state.g, state.errors(), state.dual()
-        z, used = self._solve(state, errors, min(self.inner, most))
+        loose = None
+        if state.mass is not None:
+            height = state.lift(state.columns.log())
+            loose = height >= height.amax(-1, keepdim=True)
+        z, used = self._solve(state, errors, min(self.inner, most), loose)
         state.iterations += used
         share = (self.trust / z.abs().amax(-1, keepdim=True).clamp(min=self.trust)).clamp(max=1.0)
         for _ in range(self.cuts):
             state.g = g
             state.move(share * z)
+            _under(state, loose)
             state.settle()
             # where the dual is flat to rounding the error decides; of a batch each has its own share
             gained = (state.dual() >= value) | (state.errors() <= errors)
@@ -58,9 +68,10 @@ class Newton(Step):
         # those that gained keep their step, the others are left where they were
         state.g = g
         state.move(torch.where(gained[..., None], share, 0.0) * z)
+        _under(state, loose)
         return False
 
-    def _solve(self, state: State, errors: Tensor, most: int) -> tuple[Tensor, int]:
+    def _solve(self, state: State, errors: Tensor, most: int, loose: Tensor | None) -> tuple[Tensor, int]:
         """``S z = b~ - c`` by preconditioned conjugate gradients, and how many it took."""
         model, r, goal = state.model, state.rows, state.goal()
         assert model is not None
@@ -73,14 +84,41 @@ class Newton(Step):
         if not math.isinf(state.rho[1]):
             whole = whole + state.eps / state.rho[1] * goal
         ridge = self.ridge * errors.clamp(max=1.0)[..., None]
-        diagonal = (whole - model.squares(inner)).clamp(min=1e-3 * whole) + ridge * whole
+        own = inner if loose is None else torch.where(state.loose, 0.0, inner)
+        diagonal = (whole - model.squares(own)).clamp(min=1e-3 * whole) + ridge * whole
         whole = (1 + ridge) * whole
         inverse = torch.where(diagonal > 0, 1 / diagonal, 0.0)
-        return _conjugate_gradients(model, whole, inner, rest, inverse, errors, most)
+        if loose is None:
+            return _conjugate_gradients(model, whole, inner, rest, inverse, errors, most)
+        rows, columns = Merged(state.loose, inner), Merged(loose, diagonal)
+        g = state.g.double()
+        # what is to be at the cap is first brought to it
+        start = torch.where(loose, torch.where(loose, g, -torch.inf).amax(-1, keepdim=True) - g, 0.0) / state.eps
+        rest = columns(rest - whole * start + model.transposed_times(rows(inner * model.times(start))))
+        z, used = _conjugate_gradients(model, whole, inner, rest, inverse, errors, most, rows, columns)
+        return start + z, used
+
+
+def _under(state: State, loose: Tensor | None) -> None:
+    """Nothing above the cap of a partial plan."""
+    if loose is not None:
+        state.g = torch.minimum(state.g, torch.where(loose, state.g, -torch.inf).amax(-1, keepdim=True))
+
+
+def _same(v: Tensor) -> Tensor:
+    return v
 
 
 def _conjugate_gradients(
-    model: Conditionals, whole: Tensor, inner: Tensor, rest: Tensor, inverse: Tensor, errors: Tensor, most: int
+    model: Conditionals,
+    whole: Tensor,
+    inner: Tensor,
+    rest: Tensor,
+    inverse: Tensor,
+    errors: Tensor,
+    most: int,
+    rows: Callable[[Tensor], Tensor] = _same,
+    columns: Callable[[Tensor], Tensor] = _same,
 ) -> tuple[Tensor, int]:
     z = torch.zeros_like(rest)
     p = inverse * rest
@@ -89,7 +127,7 @@ def _conjugate_gradients(
     used = 0
     while used < most:
         used += 1
-        sp = whole * p - model.transposed_times(inner * model.times(p))
+        sp = columns(whole * p - model.transposed_times(rows(inner * model.times(p))))
         curvature = (p * sp).sum(-1, keepdim=True)
         alpha = torch.where(curvature > 0, rho / curvature, 0.0)
         z, rest = z + alpha * p, rest - alpha * sp

@@ -173,6 +173,7 @@ class Sinkhorn(Solver):
         taken = kernel.matrix.numel() * kernel.dtype.itemsize if isinstance(kernel, DenseKernel) else 0
         model = Conditionals(kernel, max(0, self.memory - (0 if isinstance(problem.cost, MatrixCost) else taken)))
         state = State(kernel, a, b, problem.relax, g, model if model.possible else None)
+        state.mass = None if problem.mass is None else problem.mass.detach()
         where = "stored" if isinstance(kernel, DenseKernel) else "computed by tiles"
         values = f"{len(stages)} value{'s' if len(stages) > 1 else ''} of eps"
         said = f"cost {where}, {values}"
