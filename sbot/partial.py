@@ -67,6 +67,17 @@ def support(potential: Tensor, weights: Tensor, mass: Tensor) -> Tensor:
     return (weights * below).sum(-1) + mass.to(below) * top[..., 0]
 
 
+def violation(sums: Tensor, weights: Tensor, height: Tensor, mass: Tensor) -> Tensor:
+    """How far sums ``c`` are from optimal for potentials ``eps height``, relative to the mass, ``(*b,)``:
+
+    ``sum_j max(c_j - w_j, 0) + max(w_j - c_j, 0) min(1, max height - height_j) + |sum c - s|``, over s: what exceeds the bounds, what
+    is left of atoms whose multiplier says that nothing should be, and the mass itself.
+    """
+    below = (ceiling(height, weights) - height).clamp(max=1.0)
+    each = (sums - weights).clamp(min=0) + (weights - sums).clamp(min=0) * torch.where(weights > 0, below, 0.0)
+    return (each.sum(-1) + (sums.sum(-1) - mass).abs()) / mass
+
+
 @final
 @dataclass(frozen=True)
 class Merged:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..coupling import damping, dual_term
 from ..kernels import FLOOR, Conditionals, LogKernel
-from ..partial import capped, masses, support
+from ..partial import capped, masses, support, violation
 
 #: after a look at the error: total iterations so far and the error; returns whether to stop
 Check = Callable[[int, float], bool]
@@ -42,7 +42,7 @@ class State:
     ``model`` is where the conditional laws are kept, None where iterations stream.  ``rows`` and ``columns`` are the masses
     of the plan, in float64; ``fresh`` says whether they are those of the present g, ``known``
     whether the model is; ``roomless`` is the smallest eps at which there was no room for one.  ``mass`` is what a partial
-    plan carries, ``(*b,)``; ``lse`` and ``loose`` are then the row sums that its pass found, and the rows at the cap.
+    plan carries, ``(*b,)``; ``lse`` and ``height`` are then what its pass found, and ``f / eps``, in float64.
     """
 
     kernel: LogKernel
@@ -60,7 +60,7 @@ class State:
     rows: Tensor = field(init=False)
     columns: Tensor = field(init=False)
     lse: Tensor = field(init=False)
-    loose: Tensor = field(init=False)
+    height: Tensor = field(init=False)
     known: bool = field(init=False, default=False)
     fresh: bool = field(init=False, default=False)
 
@@ -94,9 +94,8 @@ class State:
             self.roomless = self.roomless if self.known else self.eps
         f = -lam * self.eps * seen.lse
         if self.mass is not None:
-            height = capped(self.log_a, self.lse, self.mass)
-            self.loose = height >= height.amax(-1, keepdim=True)
-            f = (self.eps * height).to(self.a)
+            self.height = capped(self.log_a, self.lse, self.mass)
+            f = (self.eps * self.height).to(self.a)
             self.passes += 1
         # an atom of zero weight may have only forbidden pairs: its potential is infinite and of no consequence
         self.f = torch.where(self.live[0], f, 0.0) if self.zeros else f
@@ -120,21 +119,27 @@ class State:
             getattr(self, name)[index] = getattr(part, name)
         self.iterations, self.passes = part.iterations, self.passes + part.passes
 
-    def goal(self, log_v: Tensor | float = 0.0, columns: Tensor | None = None) -> Tensor:
+    def goal(self, log_v: Tensor | float = 0.0) -> Tensor:
         """What the columns should sum to: b, or ``b e^{-g / rho}`` where nu is relaxed, with g moved by ``eps log_v``.
 
-        In a partial plan it is what a half-step would make of them, at masses ``columns``; with bounds met that is what they are.
+        In a partial plan it is what a half-step makes of them.
         """
         if self.mass is not None:
-            log_c = (self.columns if columns is None else columns).log() - log_v
-            return masses(self.log_b, log_c - self.log_b - self.g.double() / self.eps, self.mass)
+            return masses(self.log_b, self.columns.log() - self.log_b - self.g.double() / self.eps, self.mass)
         if math.isinf(self.rho[1]):
             return self.b.double()
         return self.b.double() * torch.exp(-(self.g.double() + self.eps * log_v) / self.rho[1])
 
     def errors(self) -> Tensor:
-        """Relative L1 distance of nu's marginal from its target, ``(*b,)``."""
-        return relative(self.columns, self.goal())
+        """Relative L1 distance of nu's marginal from its target, ``(*b,)``; of a partial plan, from what its bounds allow."""
+        return self.distance(self.columns)
+
+    def distance(self, columns: Tensor, log_v: Tensor | float = 0.0) -> Tensor:
+        """`errors` at other masses, with g moved by ``eps log_v``."""
+        if self.mass is None:
+            return relative(columns, self.goal(log_v))
+        height = self.g.double() / self.eps + log_v
+        return violation(columns, self.b.double(), height, self.mass)
 
     def error(self) -> float:
         """The worst of a batch."""
@@ -295,14 +300,15 @@ class HalfSteps(Step):
         log_v, done, stop = torch.zeros_like(goal), 0, False
         while done < most and not stop:
             look = done % self.every == self.every - 1 or done == most - 1
-            if state.mass is not None:
-                goal = state.goal(0.0, columns)
-            step = goal / columns  # 0 at an atom of zero weight
+            if state.mass is None:
+                step = goal / columns  # 0 at an atom of zero weight
+            else:
+                step = (state.lift(columns.log()) - state.g.double() / state.eps).exp_()
             v = _relaxed(v, step if lam_b == 1 else step.pow_(lam_b), omega)
             sums = model.times(v)
             sums = sums if lack is None else sums.add_(lack[0]).clamp_(min=tiny)
             if state.mass is not None:
-                u = masses(state.log_a, state.lse + sums.log(), state.mass) / (r * sums).clamp_(min=tiny)
+                u = (capped(state.log_a, state.lse + sums.log(), state.mass) - state.height).exp_()
             else:
                 # where the error is looked at, f is exact as everywhere else
                 u = _relaxed(u, sums.pow_(-lam_a), None if look else omega)
@@ -316,7 +322,7 @@ class HalfSteps(Step):
                     return Exact().advance(state, most, check)
                 if spread > (TRUST if model.sparse else RANGE):
                     break
-                errors = relative(columns * v, state.goal(log_v, columns * v))
+                errors = state.distance(columns * v, log_v)
                 stop = check(state.iterations + done, float(errors.max()))
                 pace.look(errors, self.every)
                 # over-relaxation would cross the cap of a partial plan

@@ -57,8 +57,7 @@ class Newton(Step):
         share = (self.trust / z.abs().amax(-1, keepdim=True).clamp(min=self.trust)).clamp(max=1.0)
         for _ in range(self.cuts):
             state.g = g
-            state.move(share * z)
-            _under(state, loose)
+            _step(state, share * z)
             state.settle()
             # where the dual is flat to rounding the error decides; of a batch each has its own share
             gained = (state.dual() >= value) | (state.errors() <= errors)
@@ -67,8 +66,7 @@ class Newton(Step):
             share = torch.where(gained[..., None], share, share / 4)
         # those that gained keep their step, the others are left where they were
         state.g = g
-        state.move(torch.where(gained[..., None], share, 0.0) * z)
-        _under(state, loose)
+        _step(state, torch.where(gained[..., None], share, 0.0) * z)
         return False
 
     def _solve(self, state: State, errors: Tensor, most: int, loose: Tensor | None) -> tuple[Tensor, int]:
@@ -84,13 +82,14 @@ class Newton(Step):
         if not math.isinf(state.rho[1]):
             whole = whole + state.eps / state.rho[1] * goal
         ridge = self.ridge * errors.clamp(max=1.0)[..., None]
-        own = inner if loose is None else torch.where(state.loose, 0.0, inner)
+        free = None if loose is None else state.height >= state.height.amax(-1, keepdim=True)
+        own = inner if free is None else torch.where(free, 0.0, inner)
         diagonal = (whole - model.squares(own)).clamp(min=1e-3 * whole) + ridge * whole
         whole = (1 + ridge) * whole
         inverse = torch.where(diagonal > 0, 1 / diagonal, 0.0)
-        if loose is None:
+        if loose is None or free is None:
             return _conjugate_gradients(model, whole, inner, rest, inverse, errors, most)
-        rows, columns = Merged(state.loose, inner), Merged(loose, diagonal)
+        rows, columns = Merged(free, inner), Merged(loose, diagonal)
         g = state.g.double()
         # what is to be at the cap is first brought to it
         start = torch.where(loose, torch.where(loose, g, -torch.inf).amax(-1, keepdim=True) - g, 0.0) / state.eps
@@ -99,10 +98,12 @@ class Newton(Step):
         return start + z, used
 
 
-def _under(state: State, loose: Tensor | None) -> None:
-    """Nothing above the cap of a partial plan."""
-    if loose is not None:
-        state.g = torch.minimum(state.g, torch.where(loose, state.g, -torch.inf).amax(-1, keepdim=True))
+def _step(state: State, z: Tensor) -> None:
+    """``g += eps z``; in a partial plan a half-step then sorts out which atoms are at the cap."""
+    state.move(z)
+    if state.mass is not None:
+        state.settle(keep_model=False)
+        state.move(state.lift(state.columns.log()) - state.g.double() / state.eps)
 
 
 def _same(v: Tensor) -> Tensor:
