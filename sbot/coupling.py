@@ -268,7 +268,7 @@ class DiscreteCoupling(Coupling):
         mass_a, mass_b = a.detach().sum(-1, keepdim=True), b.detach().sum(-1, keepdim=True)
         term_a, term_b, tops = dual_term(f, rho_a), dual_term(g, rho_b), self.ceilings
         if tops is not None:
-            # the largest <r, f> over 0 <= r <= a of the mass s is <a, f - max f> + s max f
+            # see `partial`: <a, f - max f> + s max f
             term_a, term_b = f - tops[0], g - tops[1]
         slope_a = term_a + eps * (mass_b - density.detach())
         total = (a.detach() * (term_a + eps * (mass_b - density))).sum(-1) + (b.detach() * term_b).sum(-1)

@@ -7,8 +7,8 @@ slackness makes the largest f and the largest g zero, so that with lambda shared
 .. math:: D = \langle a, f\rangle - (\Sigma a - s) \max f + \langle b, g\rangle - (\Sigma b - s) \max g
     - \varepsilon (\Sigma P - \Sigma a \Sigma b), \qquad \lambda = \max f + \max g.
 
-This is the dual for any f and g: each side contributes the support function of ``{r : 0 <= r <= a, sum r = s}``.  Its half-step is
-that of a hard marginal, capped where the masses ``min(a_i, t a_i e^{lse_i})`` sum to s.
+This is a lower bound for any f and g, since ``<r, f> >= <a, f> - (sum a - s) max f`` for sums r of rows that are allowed.  Its
+half-step is that of a hard marginal, capped where the masses ``min(a_i, t a_i e^{lse_i})`` sum to s.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def ceiling(potential: Tensor, weights: Tensor) -> Tensor:
 
 
 def support(potential: Tensor, weights: Tensor, mass: Tensor) -> Tensor:
-    """``<w, f> - (sum w - s) max f``: the largest ``<r, f>`` over ``0 <= r <= w`` with ``sum r = s``, ``(*b,)``."""
+    """``<w, f> - (sum w - s) max f``: what one side contributes to the dual, ``(*b,)``."""
     top = ceiling(potential, weights)
     below = torch.where(weights > 0, potential - top, 0.0)
     return (weights * below).sum(-1) + mass.to(below) * top[..., 0]

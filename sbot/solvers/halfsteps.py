@@ -230,6 +230,7 @@ class Exact(Step):
         self._past: list[tuple[Tensor, Tensor]] = []
         self._best: tuple[float, tuple[Tensor, Tensor]] | None = None
         self._plain = 0
+        self._loose: tuple[Tensor, Tensor] | None = None
 
     def advance(self, state: State, most: int, check: Check) -> bool:
         goal, columns, error = state.goal(), state.columns, state.error()
@@ -247,7 +248,7 @@ class Exact(Step):
         wanted = state.damp[1] * (goal.log() - log_columns) if state.mass is None else state.lift(log_columns) - here
         rest = torch.where(state.live[1], wanted, 0.0)
         self._plain = max(0, self._plain - 1)
-        if sunk or self._plain:
+        if sunk or self._plain or self._turned(state, here + rest):
             self._past = []
         self._past = [*self._past, (here, rest)][-1 - self.memory :]
         if self._best is None or error < self._best[0]:
@@ -255,6 +256,10 @@ class Exact(Step):
         elif error > GROWN * self._best[0]:
             self._past, self._plain = [self._best[1]], 2 * self.memory
         step = self._mixed(goal) - here
+        if self._loose is not None:
+            # nothing above the cap of a partial plan
+            top = torch.where(self._loose[1], here + step, -torch.inf).amax(-1, keepdim=True)
+            step = torch.minimum(here + step, top) - here
         if state.rho == (math.inf, math.inf):
             # the error does not see a constant, which would grow until it costs digits
             step = step - ((goal * step).sum(-1) / goal.sum(-1))[..., None]
@@ -262,6 +267,15 @@ class Exact(Step):
         state.translate()
         state.iterations += 1
         return False
+
+    def _turned(self, state: State, lifted: Tensor) -> bool:
+        """Whether other atoms are at the caps of a partial plan than a step ago: what was smooth is not."""
+        if state.mass is None:
+            return False
+        high = torch.where(state.live[1], lifted, -torch.inf)
+        loose = tuple(part >= part.amax(-1, keepdim=True) for part in (state.height, high))
+        before, self._loose = self._loose, (loose[0], loose[1])
+        return before is None or any(not torch.equal(one, two) for one, two in zip(before, loose, strict=True))
 
     def _mixed(self, goal: Tensor) -> Tensor:
         here, rest = self._past[-1]

