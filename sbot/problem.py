@@ -13,6 +13,7 @@ from torch import Tensor
 from .arrays import HALF, as_number, as_tensor, require_finite
 from .costs import Cost, MatrixCost
 from .errors import InvalidProblem
+from .feasibility import by_pattern
 from .measures import Discrete, Measure, as_measure
 from .reference import Reference, Static, as_reference
 
@@ -88,8 +89,11 @@ class Problem:
         problem._check_shapes()
         coarsest = max(torch.finfo(source).eps for source in sources)
         if mass is not None:
-            return problem._partial(mass, coarsest)
-        return problem._balance(coarsest) if rho == (INF, INF) else problem
+            problem = problem._partial(mass, coarsest)
+        elif rho == (INF, INF):
+            problem = problem._balance(coarsest)
+        problem._check_feasible()
+        return problem
 
     # ---- what solvers and bridges read -----------------------------------------------------------------------------
 
@@ -200,10 +204,22 @@ class Problem:
             reachable = (allowed & (there.weights > 0).unsqueeze(-2 if axis == -1 else -1)).any(axis)
             lost = torch.nonzero(~reachable & (here.weights > 0))
             if len(lost):
-                raise InvalidProblem(
-                    f"atom {lost[0].tolist()} of {name} has weight but every pair it may take is forbidden (+inf) or empty; "
-                    "allow a pair or drop the atom"
-                )
+                raise InvalidProblem(lost_atom(name, lost[0].tolist()))
+
+    def _check_feasible(self) -> None:
+        """Masses that the allowed pairs cannot carry are refused, where the pattern is small enough to tell."""
+        cost = self.cost
+        if not isinstance(cost, MatrixCost) or not cost.forbids or self.relax != (INF, INF):
+            return
+        assert isinstance(self.mu, Discrete) and isinstance(self.nu, Discrete)
+        found = by_pattern(torch.isfinite(cost.values), self.mu.weights, self.nu.weights, self.mass, self.slack)
+        if found is not None:
+            raise InvalidProblem(str(found))
+
+    @property
+    def slack(self) -> float:
+        """Relative difference of masses that the rounding of the input explains."""
+        return max(_slack(torch.finfo(side.source_dtype).eps) for side in (self.mu, self.nu))
 
     def _partial(self, mass: Any, rounding: float) -> Problem:
         """The problem with a prescribed ``mass``, at most that of either side."""
@@ -218,8 +234,7 @@ class Problem:
             raise InvalidProblem(f"mass has {where}; give a number, or one for each problem: {self.batch_shape}")
         s = s.double().expand(self.batch_shape)
         most = torch.minimum(self.mu.weights.detach().double().sum(-1), self.nu.weights.detach().double().sum(-1))
-        slack = 1e-8 if rounding < 1e-8 else 1e-5 if rounding < 1e-5 else 1e-2
-        wrong = torch.nonzero(((s <= 0) | (s > most * (1 + slack))).flatten())
+        wrong = torch.nonzero(((s <= 0) | (s > most * (1 + _slack(rounding)))).flatten())
         if len(wrong):
             k = int(wrong[0])
             which = f" in problem {k} of the batch" if self.batch_shape else ""
@@ -237,7 +252,7 @@ class Problem:
         apart = ((a - b).abs() / torch.maximum(a, b)).flatten()
         k, worst = int(apart.argmax()), float(apart.max())
         which = f" in problem {k} of the batch" if self.batch_shape else ""
-        if worst > (1e-8 if rounding < 1e-8 else 1e-5 if rounding < 1e-5 else 1e-2):
+        if worst > _slack(rounding):
             raise InvalidProblem(
                 f"sum(mu) = {float(a.flatten()[k]):.9g} and sum(nu) = {float(b.flatten()[k]):.9g}{which}: a balanced problem "
                 "needs equal masses; normalise the weights, relax the marginals: relax=(rho_mu, rho_nu), or carry a part: mass="
@@ -248,6 +263,20 @@ class Problem:
         note = f"masses differed by {worst:.1e} relative: nu was rescaled to the mass of mu in float64"
         notes = self.notes if worst < 16 * rounding else (*self.notes, note)
         return replace(self, nu=nu, notes=notes)
+
+
+def lost_atom(name: str, index: list[int]) -> str:
+    """What is wrong with an atom, ``[*b, i]``, that no pair reaches."""
+    which = f" in problem {index[:-1]} of the batch" if len(index) > 1 else ""
+    return (
+        f"atom {index[-1:]} of {name}{which} has weight but every pair it may take is forbidden (+inf) or empty; "
+        "allow a pair or drop the atom"
+    )
+
+
+def _slack(rounding: float) -> float:
+    """Relative difference of two masses that is taken for rounding, for input of this machine epsilon."""
+    return 1e-8 if rounding < 1e-8 else 1e-5 if rounding < 1e-5 else 1e-2
 
 
 def _promote(dtypes: list[torch.dtype]) -> torch.dtype:

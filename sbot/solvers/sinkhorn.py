@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 import warnings
@@ -14,14 +15,15 @@ from torch import Tensor
 
 from ..arrays import as_count, as_number
 from ..bridge import Bridge, Report
-from ..costs import MatrixCost
+from ..costs import Cosine, Lp, MatrixCost
 from ..diffusion import Intractable
 from ..errors import InvalidProblem, NotConverged, NumericalError, PrecisionWarning
+from ..feasibility import by_potentials, unreached
 from ..kernels import Conditionals, DenseKernel, make_kernel
 from ..measures import Discrete
 from ..potential_bridge import PotentialBridge
 from ..potentials import Atoms
-from ..problem import Problem
+from ..problem import Problem, lost_atom
 from .base import Progress, Solver, reporting
 from .halfsteps import TRUST, Exact, HalfSteps, State, Step
 from .newton import Newton
@@ -35,6 +37,8 @@ START = 0.1
 COARSEST, COARSE = 4096, 1e-2
 #: Looks at the error without a new best (by a thousandth) after which the last stage counts as stalled.
 PATIENCE = 10
+#: Plain half-steps, after which the potentials of a problem without a plan have parted.
+PROBE = 20
 #: Half-steps in a row; where more would be needed at the rate of the last ones, Newton takes over.
 RUN = 30
 #: Marginal error that rounding leaves, in units of ``machine epsilon * max|C| / eps``: a few times what was measured when
@@ -112,7 +116,7 @@ class Sinkhorn(Solver):
             for k, (eps, tolerance) in enumerate(stages):
                 last = k == len(stages) - 1
                 watch = _Watch(eps, tolerance, last, goal.reach, history, report)
-                self._stage(state, eps, last, watch, counts)
+                self._stage(state, eps, last, watch, counts, problem if _may_forbid(problem) else None)
                 reason = watch.reason
             state.centre()
             phi, psi = _potentials(problem, state)
@@ -158,6 +162,9 @@ class Sinkhorn(Solver):
         mu, nu, eps = problem.mu, problem.nu, problem.eps
         assert isinstance(mu, Discrete) and isinstance(nu, Discrete)
         kernel = make_kernel(problem.cost, *problem.sites, memory=self.memory)
+        unsaid = _may_forbid(problem) and not isinstance(problem.cost, MatrixCost)
+        if unsaid and (lost := unreached(kernel, mu.weights, nu.weights)) is not None:
+            raise InvalidProblem(lost_atom(*lost))
         mean, largest = (float(part.max()) for part in kernel.scale())
         if not math.isfinite(largest):
             raise NumericalError("the cost overflows this dtype; rescale the points (and eps) or use float64")
@@ -195,12 +202,26 @@ class Sinkhorn(Solver):
             warnings.warn(f"{note}; use float64, a larger eps or tol=None", PrecisionWarning, stacklevel=5)
         return _Goal(reach, reach, (note,))
 
-    def _stage(self, state: State, eps: float, last: bool, watch: _Watch, counts: dict[str, int]) -> None:
-        """One eps: half-steps while they gain enough, then Newton; every step ends in the log domain, which alone is believed."""
+    def _stage(
+        self, state: State, eps: float, last: bool, watch: _Watch, counts: dict[str, int], doubtful: Problem | None
+    ) -> None:
+        """One eps: half-steps while they gain enough, then Newton; every step ends in the log domain, which alone is believed.
+
+        Where it takes long, whether ``doubtful`` forbidden pairs leave any plan is looked at now and then.
+        """
         limit = self.max_iter if last else min(self.max_iter, state.iterations + STAGE_LIMIT)
         state.eps = eps
         state.settle()
-        self._iterate(state, limit, last, watch, counts)
+        span = STAGE_LIMIT
+        while True:
+            until = limit if doubtful is None else min(limit, state.iterations + span)
+            self._iterate(state, until, last, watch, counts)
+            if doubtful is None or state.iterations < until or watch.stalled or state.error() <= watch.tolerance:
+                return
+            _require_room(doubtful, state)
+            if state.iterations >= limit:
+                return
+            span *= 2
 
     def _iterate(self, state: State, limit: int, last: bool, watch: _Watch, counts: dict[str, int]) -> None:
         step: Step = HalfSteps()
@@ -222,6 +243,26 @@ class Sinkhorn(Solver):
                 state.put(busy, part)
                 return
             step = _next(step, error, state.error(), took, watch.tolerance)
+
+
+def _may_forbid(problem: Problem) -> bool:
+    """Whether pairs may be forbidden so that no plan is left."""
+    cost = problem.cost
+    if problem.relax != (math.inf, math.inf) or isinstance(cost, (Lp, Cosine)):
+        return False
+    return cost.forbids if isinstance(cost, MatrixCost) else cost.embed(*problem.sites) is None
+
+
+def _require_room(problem: Problem, state: State) -> None:
+    """`InvalidProblem` where the potentials, after some plain half-steps, show that forbidden pairs leave no plan."""
+    probe = copy.copy(state)
+    for steps in (0, PROBE):
+        for _ in range(steps):
+            Exact(memory=0).advance(probe, 1, lambda *_: False)
+            probe.settle(keep_model=False)
+        short = by_potentials(probe.kernel, probe.f, probe.a, probe.b, probe.mass, problem.slack)
+        if short is not None:
+            raise InvalidProblem(str(short))
 
 
 def _few(state: State, tolerance: float) -> Tensor | None:
