@@ -297,7 +297,7 @@ class Bridge(ABC):
         if points.ndim != len(want) or any(a not in (b, "n") for a, b in zip(want, points.shape, strict=True)):
             shape = "(" + ", ".join(str(size) for size in want) + ")"
             raise InvalidProblem(f"{name} has shape {tuple(points.shape)}; give {shape}")
-        points = require_finite(points.to(p.dtype), name)
+        points = require_finite(points.to(p.dtype), name, 1 + len(p.mu.event_shape))
         if points.numel() and float(points.detach().abs().max()) > math.sqrt(torch.finfo(p.dtype).max) / 2**10:
             raise InvalidProblem(f"{name} reaches so far that its square overflows {p.dtype}; rescale, or use float64")
         if isinstance(p.mu, Discrete) and isinstance(p.nu, Discrete):

@@ -110,7 +110,9 @@ class DiscreteCoupling(Coupling):
     def attached(self, unroll: int | None) -> tuple[Atoms, Atoms]:
         """The potentials as functions of the data, see `PotentialBridge.differentiable`."""
         if self.problem.mass is not None:
-            raise Unsupported("derivatives of a partial plan are not known here; cost() has its gradients, without this call")
+            raise Unsupported(
+                "derivatives of a partial plan are not known here; cost() has its gradients, without this call"
+            )
         a, b, (x, y) = self._mu.weights, self._nu.weights, self.problem.sites
         for name, w in (("mu", a), ("nu", b)):
             if w.requires_grad and bool((w == 0).any()):

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .arrays import in_problem
 from .kernels import LogKernel
 
 #: Allowed pairs, after atoms with the same pairs are taken as one, up to which a maximal flow is computed.
@@ -39,18 +40,17 @@ class Shortage:
     room: float
     spare: float | None
     how: str
-    problem: int | None = None
+    problem: tuple[int, ...] = ()
     flipped: bool = False
 
     def __str__(self) -> str:
         names = ("nu", "mu") if self.flipped else ("mu", "nu")
-        which = "" if self.problem is None else f" in problem {self.problem} of the batch"
         where = f"may only {'come from' if self.flipped else 'go to'} {_atoms(self.there)} of {names[1]}, whose mass is"
         partial = self.spare is not None
         held = f" (and {self.spare:.6g} may stay behind)" if partial else ""
         remedy = "allow a pair, or carry less: mass=" if partial else "allow a pair, or relax the marginals: relax="
         return (
-            f"the forbidden pairs (+inf) leave no plan{which}: {_atoms(self.here)} of {names[0]} hold {self.mass:.6g} and "
+            f"the forbidden pairs (+inf) leave no plan{in_problem(self.problem)}: {_atoms(self.here)} of {names[0]} hold {self.mass:.6g} and "
             f"{where} {self.room:.6g}{held}; found by {self.how}; {remedy}"
         )
 
@@ -69,20 +69,25 @@ def by_pattern(allowed: Tensor, a: Tensor, b: Tensor, mass: Tensor | None, slack
 
     ``mass`` is that of a partial plan, None where both marginals are met; ``slack`` is what rounding explains.
     """
-    batch = a.shape[:-1]
+    batch = tuple(a.shape[:-1])
     n, m = a.shape[-1], b.shape[-1]
     flat = allowed.reshape(-1, n, m).cpu().numpy()
     sides = a.detach().double().reshape(-1, n).cpu().numpy(), b.detach().double().reshape(-1, m).cpu().numpy()
     wanted = None if mass is None else mass.detach().double().reshape(-1).cpu().numpy()
     for k, (pattern, supply, demand) in enumerate(zip(flat, *sides, strict=True)):
         spare = None if wanted is None else max(0.0, float(supply.sum() - wanted[k]))
-        found = _one(pattern, supply, demand, spare, slack, k if batch else None)
+        found = _one(pattern, supply, demand, spare, slack, _place(k, batch))
         if found is not None:
             return found
     return None
 
 
-def _one(allowed: Any, a: Any, b: Any, spare: float | None, slack: float, problem: int | None) -> Shortage | None:
+def _place(k: int, batch: tuple[int, ...]) -> tuple[int, ...]:
+    """The index of the k-th problem of a batch."""
+    return tuple(int(i) for i in np.unravel_index(k, batch)) if batch else ()
+
+
+def _one(allowed: Any, a: Any, b: Any, spare: float | None, slack: float, problem: tuple[int, ...]) -> Shortage | None:
     live = np.flatnonzero(a > 0), np.flatnonzero(b > 0)
     pattern = allowed[np.ix_(*live)]
     # atoms with the same pairs are one atom
@@ -173,7 +178,7 @@ def by_potentials(
         open_ = torch.isfinite(kernel.entries(rows))
         highest = torch.maximum(highest, torch.where(open_, height[..., rows, None], -torch.inf).amax(-2))
     n, m = a.shape[-1], b.shape[-1]
-    batch = a.shape[:-1]
+    batch = tuple(a.shape[:-1])
     flat = [part.reshape(-1, part.shape[-1]) for part in (height, highest, a.double(), b.double())]
     spares = torch.zeros(len(flat[0])) if mass is None else (a.double().sum(-1) - mass).clamp(min=0).reshape(-1)
     for k, (h, top, supply, demand) in enumerate(zip(*flat, strict=True)):
@@ -197,7 +202,7 @@ def by_potentials(
                 room_there,
                 None if mass is None else spare,
                 "the potentials, which grow without bound on these atoms",
-                k if batch else None,
+                _place(k, batch),
             )
     return None
 

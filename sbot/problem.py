@@ -10,7 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from .arrays import HALF, as_number, as_tensor, require_finite
+from .arrays import HALF, as_number, as_tensor, in_problem, require_finite
 from .costs import Cost, MatrixCost
 from .errors import InvalidProblem
 from .feasibility import by_pattern
@@ -226,7 +226,9 @@ class Problem:
         if self.relax != (INF, INF):
             raise InvalidProblem("mass= bounds both marginals and relax= weighs them; drop one of them")
         if not isinstance(self.mu, Discrete) or not isinstance(self.nu, Discrete):
-            raise InvalidProblem("a prescribed mass needs atoms on both sides; draw some: sbot.Discrete(mu.sample(4096))")
+            raise InvalidProblem(
+                "a prescribed mass needs atoms on both sides; draw some: sbot.Discrete(mu.sample(4096))"
+            )
         s = as_tensor(mass, "mass", like=self.mu.weights.double())
         require_finite(s, "mass")
         if s.device != self.device or tuple(s.shape) not in {(), self.batch_shape}:
@@ -237,12 +239,16 @@ class Problem:
         wrong = torch.nonzero(((s <= 0) | (s > most * (1 + _slack(rounding)))).flatten())
         if len(wrong):
             k = int(wrong[0])
-            which = f" in problem {k} of the batch" if self.batch_shape else ""
             raise InvalidProblem(
-                f"mass is {float(s.flatten()[k]):.9g}{which}, and mu and nu hold {float(self.mu.mass.flatten()[k]):.9g} and "
+                f"mass is {float(s.flatten()[k]):.9g}{self._which(k)}, and mu and nu hold {float(self.mu.mass.flatten()[k]):.9g} and "
                 f"{float(self.nu.mass.flatten()[k]):.9g}; give 0 < mass <= {float(most.flatten()[k]):.9g}"
             )
         return replace(self, mass=torch.minimum(s, most))
+
+    def _which(self, k: int) -> str:
+        """The k-th problem of the batch, in words."""
+        shape = self.batch_shape
+        return in_problem([int(i) for i in torch.unravel_index(torch.tensor(k), shape)]) if shape else ""
 
     def _balance(self, rounding: float) -> Problem:
         """Equal masses up to what the input's ``rounding`` explains are made equal; others are refused."""
@@ -251,7 +257,7 @@ class Problem:
         a, b = self.mu.weights.detach().double().sum(-1), self.nu.weights.detach().double().sum(-1)
         apart = ((a - b).abs() / torch.maximum(a, b)).flatten()
         k, worst = int(apart.argmax()), float(apart.max())
-        which = f" in problem {k} of the batch" if self.batch_shape else ""
+        which = self._which(k)
         if worst > _slack(rounding):
             raise InvalidProblem(
                 f"sum(mu) = {float(a.flatten()[k]):.9g} and sum(nu) = {float(b.flatten()[k]):.9g}{which}: a balanced problem "
@@ -267,9 +273,8 @@ class Problem:
 
 def lost_atom(name: str, index: list[int]) -> str:
     """What is wrong with an atom, ``[*b, i]``, that no pair reaches."""
-    which = f" in problem {index[:-1]} of the batch" if len(index) > 1 else ""
     return (
-        f"atom {index[-1:]} of {name}{which} has weight but every pair it may take is forbidden (+inf) or empty; "
+        f"atom {index[-1:]} of {name}{in_problem(index[:-1])} has weight but every pair it may take is forbidden (+inf) or empty; "
         "allow a pair or drop the atom"
     )
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import linalg
 from ..costs import Cost, MatrixCost
-from .base import COPIES, FLOOR, LogKernel, Pass
+from .base import COPIES, FLOOR, TILE_BYTES, LogKernel, Pass
 from .conditionals import Conditionals
 from .dense import DenseKernel
 from .memory import require_memory
@@ -18,6 +18,7 @@ from .tiled import TiledKernel
 __all__ = [
     "COPIES",
     "FLOOR",
+    "TILE_BYTES",
     "Conditionals",
     "DenseKernel",
     "LogKernel",

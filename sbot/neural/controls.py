@@ -27,7 +27,9 @@ def refusal(problem: Problem) -> str | None:
     if problem.batch_shape:
         return f"the problem has batch dimensions {problem.batch_shape}; solve the problems one by one"
     if not problem.hard:
-        return "relaxed marginals and partial plans are not learned from samples; try Sinkhorn on samples: mu.sample(4096)"
+        return (
+            "relaxed marginals and partial plans are not learned from samples; try Sinkhorn on samples: mu.sample(4096)"
+        )
     if not problem.mu.event_shape:
         return "histograms have no points to move; try Sinkhorn with the cost matrix"
     for name, end in (("mu", problem.mu), ("nu", problem.nu)):

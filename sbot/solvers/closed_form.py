@@ -42,7 +42,9 @@ class ClosedForm(Solver):
         if not isinstance(problem.reference, LinearReference):
             return f"the reference is {problem.reference!r}, needs a linear one; try reference=sbot.Brownian()"
         if not problem.hard:
-            return "relaxed marginals and partial plans have no closed form here; try Sinkhorn on samples: mu.sample(4096)"
+            return (
+                "relaxed marginals and partial plans have no closed form here; try Sinkhorn on samples: mu.sample(4096)"
+            )
         return None
 
     def solve(self, problem: Problem, *, init: Bridge | None = None, progress: Any = None) -> Bridge:

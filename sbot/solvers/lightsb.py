@@ -176,7 +176,9 @@ def refuse_unlike_points(problem: Problem) -> str | None:
         if measure.batch_shape:
             return f"{name} has batch dimensions {measure.batch_shape}; solve the problems one by one"
     if not problem.hard:
-        return "the marginals are relaxed or the plan is partial; try Sinkhorn on samples: sbot.Discrete(mu.sample(4096))"
+        return (
+            "the marginals are relaxed or the plan is partial; try Sinkhorn on samples: sbot.Discrete(mu.sample(4096))"
+        )
     ends = (problem.mu, problem.nu)
     if not all(isinstance(end, Discrete) for end in ends):
         for name, end in zip(("mu", "nu"), ends, strict=True):

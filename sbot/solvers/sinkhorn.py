@@ -19,7 +19,7 @@ from ..costs import Cosine, Lp, MatrixCost
 from ..diffusion import Intractable
 from ..errors import InvalidProblem, NotConverged, NumericalError, PrecisionWarning
 from ..feasibility import by_potentials, unreached
-from ..kernels import Conditionals, DenseKernel, make_kernel
+from ..kernels import TILE_BYTES, Conditionals, DenseKernel, LogKernel, make_kernel, require_memory
 from ..measures import Discrete
 from ..potential_bridge import PotentialBridge
 from ..potentials import Atoms
@@ -61,7 +61,7 @@ class Sinkhorn(Solver):
     max_iter : iterations in total; an iteration is one half-step on each side.
     anneal : how eps is lowered from the mean cost to its value; None starts at eps.
     memory : bytes of n x m storage allowed.  Within it a model of the plan is kept, and an iteration is two matrix-vector
-        products with it; beyond it tiles are streamed and memory is O(n + m).
+        products with it; beyond it tiles are streamed, of no more than this, and memory is O(n + m).  0 keeps nothing.
 
     Raises
     ------
@@ -162,6 +162,7 @@ class Sinkhorn(Solver):
         mu, nu, eps = problem.mu, problem.nu, problem.eps
         assert isinstance(mu, Discrete) and isinstance(nu, Discrete)
         kernel = make_kernel(problem.cost, *problem.sites, memory=self.memory)
+        self._require_tile(kernel)
         unsaid = _may_forbid(problem) and not isinstance(problem.cost, MatrixCost)
         if unsaid and (lost := unreached(kernel, mu.weights, nu.weights)) is not None:
             raise InvalidProblem(lost_atom(*lost))
@@ -185,6 +186,22 @@ class Sinkhorn(Solver):
         values = f"{len(stages)} value{'s' if len(stages) > 1 else ''} of eps"
         said = f"cost {where}, {values}"
         return state, stages, replace(goal, notes=(*problem.notes, *goal.notes, said))
+
+    def _require_tile(self, kernel: LogKernel) -> None:
+        """A tile is at least one row of costs, of each problem of a batch; memory=0 stores nothing, and sets no limit to it."""
+        row = math.prod(kernel.batch_shape) * max(kernel.shape) * kernel.dtype.itemsize
+        what = f"one row of costs of {math.prod(kernel.batch_shape)} x {max(kernel.shape)} entries"
+        if isinstance(kernel, DenseKernel):
+            return
+        if 0 < self.memory < row:
+            raise InvalidProblem(
+                f"memory is {self.memory} and {what}, the least that can be looked at, takes {row} bytes; give memory >= {row}, "
+                "or memory=0 to keep nothing and choose the tiles by the device"
+            )
+        if row > TILE_BYTES:
+            require_memory(row, kernel.device, what, "use float32, fewer atoms, or a smaller batch")
+        if 0 < self.memory < TILE_BYTES:
+            kernel.tile_bytes = self.memory
 
     def _goal(self, problem: Problem, largest: float) -> _Goal:
         machine = torch.finfo(problem.dtype).eps

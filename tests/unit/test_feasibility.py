@@ -74,7 +74,9 @@ def test_the_message_names_the_atoms_and_the_way_out():
         "atoms [0, 1] of mu hold 0.6 and may only go to atoms [0] of nu, whose mass is 0.4; found by a maximal flow "
         "through the allowed pairs; allow a pair, or relax"
     ) in str(caught.value)
-    with pytest.raises(sbot.InvalidProblem, match=r"atoms \[1\] of nu hold 0.6 and may only come from atoms \[2\] of mu"):
+    with pytest.raises(
+        sbot.InvalidProblem, match=r"atoms \[1\] of nu hold 0.6 and may only come from atoms \[2\] of mu"
+    ):
         sbot.solve_bridge(a, b, 0.1, cost=matrix(".x", ".x", "x."))
     with pytest.raises(sbot.InvalidProblem, match=r"connected parts"):
         sbot.solve_bridge(a, b, 0.1, cost=matrix(".x", ".x", "x."))
@@ -105,7 +107,9 @@ def test_partial_plans_carry_what_the_pairs_allow():
     for mass in (0.5, 0.79, 0.8):
         bridge = sbot.solve_bridge(a, b, 0.1, cost=cost, mass=mass, solver=sbot.Sinkhorn(tol=1e-9))
         assert bridge.report.converged and float(bridge.plan().sum()) == pytest.approx(mass)
-    with pytest.raises(sbot.InvalidProblem, match=r"hold 0.6 and may only go to .* 0.4 \(and 0.1 may stay behind\).*mass="):
+    with pytest.raises(
+        sbot.InvalidProblem, match=r"hold 0.6 and may only go to .* 0.4 \(and 0.1 may stay behind\).*mass="
+    ):
         sbot.solve_bridge(a, b, 0.1, cost=cost, mass=0.9)
 
 
@@ -122,7 +126,7 @@ def test_a_tight_pattern_is_not_refused_and_reported_as_it_is(n):
     assert error == pytest.approx(report.error, rel=1e-3, abs=1e-9)
     assert report.converged == (report.error <= report.tolerance) == (not caught)
     assert float((plan - torch.eye(n, dtype=F64) / n).abs().max()) < 0.01
-    off = sbot.solve_bridge(uniform(4), uniform(4), 0.1, cost=matrix("..xx", "..xx", "...." , "....")).plan()
+    off = sbot.solve_bridge(uniform(4), uniform(4), 0.1, cost=matrix("..xx", "..xx", "....", "....")).plan()
     assert float(off[2:, :2].max()) < 1e-2  # two blocks, and a corner that has to empty
 
 

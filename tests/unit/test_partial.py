@@ -83,7 +83,13 @@ def test_plans_are_those_of_pot(data, eps, mass):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = ot.partial.entropic_partial_wasserstein(
-            a.numpy(), b.numpy(), (cost - eps * (a[:, None] * b).log()).numpy(), eps, m=mass, numItermax=10_000, stopThr=1e-14
+            a.numpy(),
+            b.numpy(),
+            (cost - eps * (a[:, None] * b).log()).numpy(),
+            eps,
+            m=mass,
+            numItermax=10_000,
+            stopThr=1e-14,
         )
     torch.testing.assert_close(plan, torch.from_numpy(theirs), rtol=0, atol=1e-9)
     even = torch.full_like(a, 0.0501), torch.full_like(b, 0.06)
