@@ -1,8 +1,8 @@
 r"""Whether the allowed pairs can carry the masses (Hall's condition, the maximal flow), and which atoms stand in the way.
 
-A plan with marginals a and b on the allowed pairs exists exactly where ``a(S) <= b(N(S))`` for every set S of atoms of mu, ``N(S)``
-being what they may go to; one of mass s within bounds a and b where ``a(S) - b(N(S)) <= sum a - s``.  A set that breaks this is a
-proof, however it was found: from the pattern, by its connected parts and a maximal flow, or from the potentials of a
+A plan with marginals a and b on the allowed pairs exists exactly where ``a(S) <= b(N(S))`` for every set S of atoms of mu,
+``N(S)`` being what they may go to; one of mass s within bounds a and b where ``a(S) - b(N(S)) <= sum a - s``.  A set that
+breaks this is a proof, however it was found: from the pattern, by its connected parts and a maximal flow, or from the potentials of a
 solve, which grow without bound on such a set.
 """
 
@@ -50,8 +50,9 @@ class Shortage:
         held = f" (and {self.spare:.6g} may stay behind)" if partial else ""
         remedy = "allow a pair, or carry less: mass=" if partial else "allow a pair, or relax the marginals: relax="
         return (
-            f"the forbidden pairs (+inf) leave no plan{in_problem(self.problem)}: {_atoms(self.here)} of {names[0]} hold {self.mass:.6g} and "
-            f"{where} {self.room:.6g}{held}; found by {self.how}; {remedy}"
+            f"the forbidden pairs (+inf) leave no plan{in_problem(self.problem)}: "
+            f"{_atoms(self.here)} of {names[0]} hold {self.mass:.6g} and {where} {self.room:.6g}{held}; "
+            f"found by {self.how}; {remedy}"
         )
 
 

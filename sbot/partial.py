@@ -23,8 +23,8 @@ from torch import Tensor
 def capped(log_w: Tensor, lse: Tensor, mass: Tensor) -> Tensor:
     """``min(-lse_i, log t)`` with ``sum_i min(w_i, t w_i e^{lse_i}) = mass``: the half-step in units of eps, ``(*b, n)``.
 
-    ``log_w`` and ``lse`` are ``(*b, n)``, ``mass`` is ``(*b,)``; the result is float64.  Atoms of no weight, or that nothing reaches,
-    are at the cap.
+    ``log_w`` and ``lse`` are ``(*b, n)``, ``mass`` is ``(*b,)``; the result is float64.  Atoms of no weight, or that nothing
+    reaches, are at the cap.
     """
     log_w, lse, s = log_w.double(), lse.double(), mass.double()[..., None]
     reached = (log_w > -torch.inf) & (lse > -torch.inf)
@@ -70,8 +70,8 @@ def support(potential: Tensor, weights: Tensor, mass: Tensor) -> Tensor:
 def violation(sums: Tensor, weights: Tensor, height: Tensor, mass: Tensor) -> Tensor:
     """How far sums ``c`` are from optimal for potentials ``eps height``, relative to the mass, ``(*b,)``:
 
-    ``sum_j max(c_j - w_j, 0) + max(w_j - c_j, 0) min(1, max height - height_j) + |sum c - s|``, over s: what exceeds the bounds, what
-    is left of atoms whose multiplier says that nothing should be, and the mass itself.
+    ``sum_j max(c_j - w_j, 0) + max(w_j - c_j, 0) min(1, max height - height_j) + |sum c - s|``, over s: what exceeds the
+    bounds, what is left of atoms whose multiplier says that nothing should be, and the mass itself.
     """
     below = (ceiling(height, weights) - height).clamp(max=1.0)
     each = (sums - weights).clamp(min=0) + (weights - sums).clamp(min=0) * torch.where(weights > 0, below, 0.0)

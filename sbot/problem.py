@@ -240,8 +240,8 @@ class Problem:
         if len(wrong):
             k = int(wrong[0])
             raise InvalidProblem(
-                f"mass is {float(s.flatten()[k]):.9g}{self._which(k)}, and mu and nu hold {float(self.mu.mass.flatten()[k]):.9g} and "
-                f"{float(self.nu.mass.flatten()[k]):.9g}; give 0 < mass <= {float(most.flatten()[k]):.9g}"
+                f"mass is {float(s.flatten()[k]):.9g}{self._which(k)}, and mu and nu hold "
+                f"{float(self.mu.mass.flatten()[k]):.9g} and {float(self.nu.mass.flatten()[k]):.9g}; give 0 < mass <= {float(most.flatten()[k]):.9g}"
             )
         return replace(self, mass=torch.minimum(s, most))
 
@@ -274,8 +274,8 @@ class Problem:
 def lost_atom(name: str, index: list[int]) -> str:
     """What is wrong with an atom, ``[*b, i]``, that no pair reaches."""
     return (
-        f"atom {index[-1:]} of {name}{in_problem(index[:-1])} has weight but every pair it may take is forbidden (+inf) or empty; "
-        "allow a pair or drop the atom"
+        f"atom {index[-1:]} of {name}{in_problem(index[:-1])} has weight but every pair it may take is forbidden "
+        "(+inf) or empty; allow a pair or drop the atom"
     )
 
 

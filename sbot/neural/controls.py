@@ -12,7 +12,7 @@ from .. import linalg
 from ..arrays import require_finite
 from ..errors import InvalidProblem
 from ..measures import Discrete
-from ..problem import INF, Problem
+from ..problem import Problem
 from ..reference import Process
 from .fit import own_randomness
 from .nets import Directed, TimeMLP, check_net, own_copy, takes_direction

@@ -16,7 +16,7 @@ from ..gaussian import couple
 from ..measures import Gaussian
 from ..potential_bridge import PotentialBridge
 from ..potentials import Quadratics
-from ..problem import INF, Problem
+from ..problem import Problem
 from ..reference import LinearReference
 from .base import Solver, reporting
 

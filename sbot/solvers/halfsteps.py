@@ -155,6 +155,10 @@ class State:
         assert self.mass is not None
         return capped(self.log_b, log_columns - self.log_b - self.g.double() / self.eps, self.mass)
 
+    def rise(self, log_columns: Tensor) -> Tensor:
+        """What the half-step of a partial plan adds to ``g / eps``."""
+        return self.lift(log_columns) - self.g.double() / self.eps
+
     def move(self, log_v: Tensor) -> None:
         """``g += eps log_v``."""
         g = self.g + self.eps * log_v.to(self.g)
@@ -245,7 +249,7 @@ class Exact(Step):
         else:
             log_columns = columns.log()
         here = state.g.double() / state.eps
-        wanted = state.damp[1] * (goal.log() - log_columns) if state.mass is None else state.lift(log_columns) - here
+        wanted = state.damp[1] * (goal.log() - log_columns) if state.mass is None else state.rise(log_columns)
         rest = torch.where(state.live[1], wanted, 0.0)
         self._plain = max(0, self._plain - 1)
         if sunk or self._plain or self._turned(state, here + rest):
@@ -314,10 +318,8 @@ class HalfSteps(Step):
         log_v, done, stop = torch.zeros_like(goal), 0, False
         while done < most and not stop:
             look = done % self.every == self.every - 1 or done == most - 1
-            if state.mass is None:
-                step = goal / columns  # 0 at an atom of zero weight
-            else:
-                step = (state.lift(columns.log()) - state.g.double() / state.eps).exp_()
+            # 0 at an atom of zero weight
+            step = goal / columns if state.mass is None else state.rise(columns.log()).exp_()
             v = _relaxed(v, step if lam_b == 1 else step.pow_(lam_b), omega)
             sums = model.times(v)
             sums = sums if lack is None else sums.add_(lack[0]).clamp_(min=tiny)

@@ -25,7 +25,7 @@ from ..metrics import energy_distance
 from ..neural.fit import FitConfig, Trainer
 from ..potential_bridge import PotentialBridge
 from ..potentials import Atoms, Quadratics
-from ..problem import INF, Problem
+from ..problem import Problem
 from ..reference import LinearReference
 from .base import Progress, Solver, reporting
 from .mixture import AdjustedMixture, as_operator, start

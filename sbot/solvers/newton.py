@@ -103,7 +103,7 @@ def _step(state: State, z: Tensor) -> None:
     state.move(z)
     if state.mass is not None:
         state.settle(keep_model=False)
-        state.move(state.lift(state.columns.log()) - state.g.double() / state.eps)
+        state.move(state.rise(state.columns.log()))
 
 
 def _same(v: Tensor) -> Tensor:

@@ -84,8 +84,8 @@ def test_of_several_batch_dimensions_all_are_named():
             (X.expand(2, 3, 6, 2), at(weights, (1, 2), 1 / 3)), (Y.expand(2, 3, 5, 2), B.expand(2, 3, 5)), 0.1
         )
     cost = M.expand(2, 3, 6, 5)
+    closed = at(cost, (1, 0, slice(0, 4), slice(1, 5)), INF)
     with pytest.raises(sbot.InvalidProblem, match=r"no plan in problem \[1, 0\] of the batch"):
-        closed = at(cost, (1, 0, slice(0, 4), slice(1, 5)), INF)
         sbot.solve_bridge(weights, B.expand(2, 3, 5), 0.1, cost=closed)
 
 
