@@ -46,7 +46,7 @@ class Report:
     reason : why it stopped: "tolerance", "max_iter", "stalled" (rounding), "precision" (the dtype
         cannot resolve eps), or "exact".
     iterations : number of iterations (for Sinkhorn, pairs of half-steps).
-    error : relative L1 error of both marginals, summed; the worst problem of a batch.  Of a partial plan, see `Problem`:
+    error : relative L1 error of both marginals, summed; the worst problem of a batch.  Of a partial plan:
         violation of bounds, slackness and mass.
     tolerance : what was aimed at; never below what the dtype can reach.
     history : ``(iteration, eps, error)`` at each check.

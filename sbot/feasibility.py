@@ -2,8 +2,8 @@ r"""Whether the allowed pairs can carry the masses (Hall's condition, the maxima
 
 A plan with marginals a and b on the allowed pairs exists exactly where ``a(S) <= b(N(S))`` for every set S of atoms of mu,
 ``N(S)`` being what they may go to; one of mass s within bounds a and b where ``a(S) - b(N(S)) <= sum a - s``.  A set that
-breaks this is a proof, however it was found: from the pattern, by its connected parts and a maximal flow, or from the potentials of a
-solve, which grow without bound on such a set.
+breaks this is a proof, however it was found: from the pattern, by its connected parts and a maximal flow, or from the
+potentials of a solve, which grow without bound on such a set.
 """
 
 from __future__ import annotations

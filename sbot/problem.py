@@ -239,9 +239,11 @@ class Problem:
         wrong = torch.nonzero(((s <= 0) | (s > most * (1 + _slack(rounding)))).flatten())
         if len(wrong):
             k = int(wrong[0])
+            asked, whole = float(s.flatten()[k]), float(most.flatten()[k])
+            held = [float(side.mass.flatten()[k]) for side in (self.mu, self.nu)]
             raise InvalidProblem(
-                f"mass is {float(s.flatten()[k]):.9g}{self._which(k)}, and mu and nu hold "
-                f"{float(self.mu.mass.flatten()[k]):.9g} and {float(self.nu.mass.flatten()[k]):.9g}; give 0 < mass <= {float(most.flatten()[k]):.9g}"
+                f"mass is {asked:.9g}{self._which(k)}, and mu and nu hold {held[0]:.9g} and {held[1]:.9g}; "
+                f"give 0 < mass <= {whole:.9g}"
             )
         return replace(self, mass=torch.minimum(s, most))
 
