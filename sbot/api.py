@@ -29,6 +29,7 @@ def solve_bridge(
     reference: Reference | None = None,
     cost: Any = None,
     relax: Any = None,
+    mass: Any = None,
     solver: str | Solver = "auto",
     init: Bridge | None = None,
     progress: Any = None,
@@ -50,6 +51,8 @@ def solve_bridge(
     reference : `Brownian` (the default), `OrnsteinUhlenbeck`, `LinearSDE`, or `Static`.
     cost : a `Cost`, a function ``(x, y) -> (n, m)`` or a matrix; short for ``reference=Static(cost)``.
     relax : ``(rho_mu, rho_nu)`` or one number: the marginals are then only encouraged, by ``rho KL``; infinite is hard.
+    mass : carry only this much, a number or ``(*b,)``: partial transport, over plans with ``P 1 <= mu``, ``P' 1 <= nu`` and
+        ``sum P = mass``.
     solver : "auto", a name ("sinkhorn", "closedform"), or an object with its options, ``Sinkhorn(tol=1e-9)``.
     init : a bridge to start from.
     progress : None, True for a progress bar, or a function of `Progress`.
@@ -73,7 +76,7 @@ def solve_bridge(
             [0.0033, 0.4967]], dtype=torch.float64)
     """
     with full_precision():
-        problem = Problem.of(mu, nu, eps, reference, cost, relax)
+        problem = Problem.of(mu, nu, eps, reference, cost, relax, mass)
         return choose_solver(problem, solver).solve(problem, init=init, progress=progress)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -112,14 +112,24 @@ def _from_tensor(tensor: Tensor, name: str, weak: torch.dtype) -> Tensor:
     return tensor if tensor.dtype.is_floating_point else tensor.to(weak)
 
 
-def require_finite(tensor: Tensor, name: str) -> Tensor:
-    """Return ``tensor``, or raise `InvalidProblem` that says how many entries are not finite and where the first is."""
+def in_problem(index: Sequence[int]) -> str:
+    """ " in problem 2 of the batch", for the leading indices of an entry; nothing where there are none."""
+    return f" in problem {index[0] if len(index) == 1 else list(index)} of the batch" if len(index) else ""
+
+
+def require_finite(tensor: Tensor, name: str, core: int | None = None) -> Tensor:
+    """Return ``tensor``, or raise `InvalidProblem` that says how many entries are not finite and where the first is.
+
+    Dimensions before the last ``core`` are those of a batch.
+    """
     finite = torch.isfinite(tensor)
     if not bool(finite.all()):
         bad = torch.nonzero(~finite)
-        where = ", ".join(str(int(i)) for i in bad[0])
+        first = bad[0].tolist()
+        own = 0 if core is None else max(0, len(first) - core)
         raise InvalidProblem(
-            f"{name} has {len(bad)} entries that are NaN or infinite, the first at [{where}]; drop or impute them"
+            f"{name} has {len(bad)} entries that are NaN or infinite, the first at {first[own:]}{in_problem(first[:own])}; "
+            "drop or impute them"
         )
     return tensor
 

@@ -47,7 +47,8 @@ class Report:
     reason : why it stopped: "tolerance", "max_iter", "stalled" (rounding), "precision" (the dtype
         cannot resolve eps), or "exact".
     iterations : number of iterations (for Sinkhorn, pairs of half-steps).
-    error : relative L1 error of both marginals, summed; of a batch, that of the problem furthest from its tolerance.
+    error : relative L1 error of both marginals, summed; of a batch, that of the problem furthest from its tolerance.  Of a
+        partial plan: violation of bounds, slackness and mass.
     errors, tolerances : those of each problem of a batch, in row-major order; empty for one problem.
     tolerance : what was aimed at; never below what the dtype can reach.  Of a batch, that of the same problem.
     history : ``(iteration, eps, error)`` at each check; the largest eps of a batch.
@@ -361,7 +362,7 @@ class Bridge(ABC):
         if points.ndim != len(want) or any(a not in (b, "n") for a, b in zip(want, points.shape, strict=True)):
             shape = "(" + ", ".join(str(size) for size in want) + ")"
             raise InvalidProblem(f"{name} has shape {tuple(points.shape)}; give {shape}")
-        points = require_finite(points.to(p.dtype), name)
+        points = require_finite(points.to(p.dtype), name, 1 + len(p.mu.event_shape))
         if points.numel() and float(points.detach().abs().max()) > math.sqrt(torch.finfo(p.dtype).max) / 2**10:
             raise InvalidProblem(f"{name} reaches so far that its square overflows {p.dtype}; rescale, or use float64")
         if isinstance(p.mu, Discrete) and isinstance(p.nu, Discrete):

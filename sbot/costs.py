@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import linalg
-from .arrays import as_number, as_tensor, compute_dtype
+from .arrays import as_number, as_tensor, compute_dtype, in_problem
 from .errors import InvalidProblem
 
 
@@ -170,8 +170,10 @@ class Cosine(Cost):
 
     def check(self, x: Tensor, y: Tensor) -> None:
         for name, points in (("mu", x), ("nu", y)):
-            if bool((points == 0).all(-1).any()):
-                raise InvalidProblem(f"{name} has a point at the origin, where Cosine() is not defined; drop it")
+            zero = (points == 0).all(-1)
+            if bool(zero.any()):
+                which = in_problem(torch.nonzero(zero)[0].tolist()[:-1])
+                raise InvalidProblem(f"{name} has a point at the origin{which}, where Cosine() is not defined; drop it")
 
     def __repr__(self) -> str:
         return "Cosine()"
@@ -215,8 +217,9 @@ class MatrixCost(Cost):
         self.batch_shape = tuple(values.shape[:-2])
         low, high = (float(end) for end in torch.aminmax(self.values.detach()))
         if math.isnan(low) or low == -math.inf:
+            *which, _, _ = torch.nonzero(torch.isnan(self.values) | (self.values == -math.inf))[0].tolist()
             raise InvalidProblem(
-                "the cost matrix holds NaN or -inf; +inf (a forbidden pair) is the only legal infinity"
+                f"the cost matrix holds NaN or -inf{in_problem(which)}; +inf (a forbidden pair) is the only legal infinity"
             )
         #: whether some pair is forbidden
         self.forbids = high == math.inf
@@ -228,8 +231,9 @@ class MatrixCost(Cost):
         for axis, word in ((-1, "row"), (-2, "column")):
             closed = torch.nonzero(~finite.any(axis))
             if len(closed):
+                *which, index = closed[0].tolist()
                 raise InvalidProblem(
-                    f"the cost matrix has no finite entry in {word} {int(closed[0, -1])}; "
+                    f"the cost matrix has no finite entry in {word} {index}{in_problem(which)}; "
                     f"every {word} needs a pair that is allowed: drop the atom or allow one"
                 )
 
@@ -289,8 +293,12 @@ class CallableCost(Cost):
 
     def check(self, x: Tensor, y: Tensor) -> None:
         # a small corner shows a wrong shape or NaN before the work starts; solvers check every number they reach
-        if bool(torch.isnan(self.matrix(x[..., :64, :], y[..., :64, :])).any()):
-            raise InvalidProblem("the cost function returned NaN; return finite numbers, or +inf for a forbidden pair")
+        wrong = torch.isnan(self.matrix(x[..., :64, :], y[..., :64, :]))
+        if bool(wrong.any()):
+            which = in_problem(torch.nonzero(wrong)[0].tolist()[:-2])
+            raise InvalidProblem(
+                f"the cost function returned NaN{which}; return finite numbers, or +inf for a forbidden pair"
+            )
 
     def __repr__(self) -> str:
         return f"CallableCost({getattr(self.function, '__name__', 'function')})"

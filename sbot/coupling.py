@@ -23,6 +23,7 @@ from .kernels import COPIES, DenseKernel, LogKernel, make_kernel, require_memory
 from .linalg import Eps, along
 from .measures import Discrete, Gaussian, Measure, categorical
 from .metrics import Estimate
+from .partial import ceiling, masses
 from .potentials import Atoms, Potential
 from .problem import Problem
 from .reference import LinearReference
@@ -119,8 +120,20 @@ class DiscreteCoupling(Coupling):
         unit = along(self.eps, 1)
         return damping(self.problem.relax[0], unit), damping(self.problem.relax[1], unit)
 
+    @property
+    def ceilings(self) -> tuple[Tensor, Tensor] | None:
+        """``max f`` and ``max g`` of a partial plan, ``(*b, 1)``."""
+        if self.problem.mass is None:
+            return None
+        ends = zip((self._mu.weights, self._nu.weights), self._logs, strict=True)
+        return tuple(ceiling(along(self.eps, 1) * (log - w.detach().log()), w.detach()) for w, log in ends)  # type: ignore[return-value]
+
     def attached(self, unroll: int | None) -> tuple[Atoms, Atoms]:
         """The potentials as functions of the data, see `PotentialBridge.differentiable`."""
+        if self.problem.mass is not None:
+            raise Unsupported(
+                "derivatives of a partial plan are not known here; cost() has its gradients, without this call"
+            )
         a, b, (x, y) = self._mu.weights, self._nu.weights, self.problem.sites
         for name, side in (("mu", self._mu), ("nu", self._nu)):
             if side.weights.requires_grad and bool(((side.weights == 0) & side.mask).any()):
@@ -154,7 +167,10 @@ class DiscreteCoupling(Coupling):
             f = unit * (here - weights.detach().log())
             if not bool(live.all()):
                 transform = (kernel if side == 0 else kernel.T).reduce(there, self.eps)[0]
-                f = torch.where(live, f, -damp * unit * transform)
+                other = -damp * unit * transform
+                if self.ceilings is not None:
+                    other = torch.minimum(other, self.ceilings[side])
+                f = torch.where(live, f, other)
             out.append(f)
         return out[0], out[1]
 
@@ -220,6 +236,8 @@ class DiscreteCoupling(Coupling):
     def target_marginals(self) -> tuple[Tensor, Tensor]:
         """``a e^{-f / rho}`` and ``b e^{-g / rho}``: what the marginals are at the solution."""
         rho = self.problem.relax
+        if self.problem.mass is not None:
+            return self._partial_marginals(self.problem.mass.detach())
         if rho == (math.inf, math.inf):
             return self._mu.weights.detach(), self._nu.weights.detach()
         f, g = self.dual_values()
@@ -227,6 +245,14 @@ class DiscreteCoupling(Coupling):
             self._mu.weights.detach() * torch.exp(-f / rho[0]),
             self._nu.weights.detach() * torch.exp(-g / rho[1]),
         )
+
+    @torch.no_grad()
+    def _partial_marginals(self, mass: Tensor) -> tuple[Tensor, Tensor]:
+        """Of both sides what a half-step makes of them: within the bounds, and of the prescribed mass."""
+        kernel, (left, right) = self._kernel(), self._logs
+        a, b = (measure.weights.detach() for measure in (self._mu, self._nu))
+        rows = masses(a.log(), kernel.reduce(right, self.eps)[0], mass)
+        return rows.to(a), masses(b.log(), kernel.T.reduce(left, self.eps)[0], mass).to(b)
 
     def cost(self) -> Tensor:
         """The dual objective, with the gradients of the envelope theorem.
@@ -273,15 +299,20 @@ class DiscreteCoupling(Coupling):
         lse = kernel.reduce(_log_weights(b.detach(), g, unit), eps)[0]
         density = torch.exp(f / unit + lse)  # row sums of P over a
         mass_a, mass_b = a.detach().sum(-1, keepdim=True), b.detach().sum(-1, keepdim=True)
-        slope_a = dual_term(f, rho_a) + along(held, 1) * (mass_b - density.detach())
-        total = (a.detach() * (dual_term(f, rho_a) + unit * (mass_b - density))).sum(-1)
-        total = total + (b.detach() * dual_term(g, rho_b)).sum(-1)
+        term_a, term_b, tops = dual_term(f, rho_a), dual_term(g, rho_b), self.ceilings
+        if tops is not None:
+            # see `partial`: <a, f - max f> + s max f
+            term_a, term_b = f - tops[0], g - tops[1]
+        slope_a = term_a + along(held, 1) * (mass_b - density.detach())
+        total = (a.detach() * (term_a + unit * (mass_b - density))).sum(-1) + (b.detach() * term_b).sum(-1)
+        if tops is not None and self.problem.mass is not None:
+            total = total + self.problem.mass.to(f) * (tops[0] + tops[1])[..., 0]
         if torch.is_grad_enabled() and a.requires_grad:
             total = total + ((a - a.detach()) * slope_a).sum(-1)
         if torch.is_grad_enabled() and b.requires_grad:
             held_kernel = kernel.on([leaf.detach() for leaf in leaves])
             back = held_kernel.T.reduce(_log_weights(a.detach(), f, along(held, 1)), held)[0]
-            slope_b = dual_term(g, rho_b) + along(held, 1) * (mass_a - torch.exp(g / along(held, 1) + back))
+            slope_b = term_b + along(held, 1) * (mass_a - torch.exp(g / along(held, 1) + back))
             total = total + ((b - b.detach()) * slope_b).sum(-1)
         return total
 
@@ -308,7 +339,8 @@ class DiscreteCoupling(Coupling):
 
     @torch.no_grad()
     def gap(self) -> Tensor:
-        """``eps KL(P' | P)`` with P' feasible, plus ``rho KL(P' 1 | a e^{-f / rho})`` where a marginal is relaxed.
+        """``eps KL(P' | P)`` with P' feasible, plus ``rho KL(P' 1 | a e^{-f / rho})`` where a marginal is relaxed, or
+        ``<a - P' 1, max f - f>`` where it is a bound.
 
         This is the objective of P' minus the dual, term by term non-negative.  P' is the rounding of Altschuler, Weed and
         Rigollet (2017): rows and columns scaled down to their marginals, then a rank-one correction; it is infinite
@@ -318,6 +350,12 @@ class DiscreteCoupling(Coupling):
         rounded = self.round()
         left, right = (log.double() for log in self._logs)
         excess = torch.zeros(self.problem.batch_shape, dtype=torch.float64, device=left.device)
+        if self.ceilings is not None:
+            # what is left of an atom below the cap: the bound's multiplier says that it should be nothing
+            for measure, top, f, sums in zip(
+                (self._mu, self._nu), self.ceilings, self.dual_values(), rounded.marginals(), strict=True
+            ):
+                excess += ((measure.weights.detach() - sums).clamp(min=0) * (top - f).double()).sum(-1)
         relaxed = (rho_a, rho_b) != (math.inf, math.inf)
         sides = zip((rho_a, rho_b), rounded.marginals(), self.target_marginals(), strict=True) if relaxed else ()
         for rho, sums, target in sides:

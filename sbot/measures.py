@@ -16,7 +16,7 @@ from torch import Tensor
 from torch import distributions as td
 
 from . import linalg
-from .arrays import DTYPES, as_count, as_tensor, compute_dtype, once, require_finite
+from .arrays import DTYPES, as_count, as_tensor, compute_dtype, in_problem, once, require_finite
 from .errors import InvalidProblem, Unsupported
 
 Draw = Callable[[int, torch.Generator | None], Tensor]
@@ -103,7 +103,7 @@ class Discrete(Measure):
         dtype = compute_dtype(self.source_dtype)
         if p is not None:
             # a copy of its own: points changed later do not change the bridge
-            p = once(require_finite(_check_points(p, name).to(dtype), f"{name} points"), torch.clone, 2)
+            p = once(require_finite(_check_points(p, name).to(dtype), f"{name} points", 2), torch.clone, 2)
         if w is None:
             assert p is not None
             w = torch.full(p.shape[:-1], 1 / p.shape[-2], dtype=dtype, device=p.device)
@@ -323,12 +323,13 @@ def _check_weights(weights: Tensor, points: Tensor | None, name: str) -> Tensor:
         raise InvalidProblem(
             f"{name} has points on {points.device} and weights on {weights.device}; move them to one device"
         )
-    require_finite(weights, f"{name} weights")
+    require_finite(weights, f"{name} weights", 1)
     if bool((weights < 0).any()):
-        index = torch.nonzero(weights < 0)[0].tolist()
-        raise InvalidProblem(f"{name} has a negative weight at {index}; weights must be >= 0")
+        *which, index = torch.nonzero(weights < 0)[0].tolist()
+        raise InvalidProblem(f"{name} has a negative weight at [{index}]{in_problem(which)}; weights must be >= 0")
     if bool((weights.sum(-1) <= 0).any()):
-        raise InvalidProblem(f"{name} has weights that are all zero; at least one must be positive")
+        which = torch.nonzero(weights.sum(-1) <= 0)[0].tolist()
+        raise InvalidProblem(f"{name} has weights that are all zero{in_problem(which)}; at least one must be positive")
     return weights
 
 

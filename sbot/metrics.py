@@ -221,6 +221,9 @@ def _plan_shape(plan: Any) -> tuple[int, ...]:
 def _targets(bridge: Bridge) -> tuple[Tensor, Tensor]:
     """The marginals that the exact plan has."""
     a, b = (_weights(end, "the marginal") for end in _ends(bridge))
+    if bridge.problem.mass is not None:
+        a, b = (_weights(bridge.marginal(t), "the marginal") for t in (0.0, 1.0))
+        return a, b
     if bridge.problem.relax == (INF, INF):
         return a, b
     duals = (part.values.detach().double() for part in bridge.potentials())

@@ -37,6 +37,8 @@ def pack_problem(problem: Problem, report: Report) -> tuple[Header, Tensors]:
     """What every bridge has: what was asked, and how it went."""
     tensors: Tensors = {}
     put = _putting(tensors)
+    if problem.mass is not None:
+        put("problem", {"mass": problem.mass.detach()})
     header = {
         "eps": problem.eps.tolist() if isinstance(problem.eps, Tensor) else problem.eps,
         "relax": [None if math.isinf(rho) else rho for rho in problem.relax],
@@ -99,9 +101,12 @@ def unpack_problem(
         )
         relax = tuple(math.inf if rho is None else rho for rho in header["relax"])
         result = _dtype(header["result_dtype"])
+        mass = tensors.get("problem.mass")
         # a file is input like any other: the same checks at the same door
         problem = replace(
-            Problem.of(mu, nu, header["eps"], reference, None, relax), result_dtype=result, notes=tuple(header["notes"])
+            Problem.of(mu, nu, header["eps"], reference, None, relax, mass),
+            result_dtype=result,
+            notes=tuple(header["notes"]),
         )
         said = header["report"]
         report = Report(

@@ -210,14 +210,18 @@ class PotentialBridge(Bridge):
         eps, (rho_mu, rho_nu) = self._eps, self.problem.relax
         unit = along(eps, 1)
 
+        tops = self.coupling.ceilings if isinstance(self.coupling, DiscreteCoupling) else None
+
         def f(x: Any) -> Tensor:
-            return -damping(rho_mu, unit) * unit * self.condition(x).log_mass
+            value = -damping(rho_mu, unit) * unit * self.condition(x).log_mass
+            return value if tops is None else torch.minimum(value, tops[0])
 
         def g(y: Any) -> Tensor:
             points = self._points(y, "y")
             tilted, jacobian = self.problem.reference.push_forward(self.phi, 1.0, points, eps)
             log_mass = tilted.log_mass + jacobian.to(self.problem.device) + self.problem.log_normaliser(eps)
-            return -damping(rho_nu, unit) * unit * log_mass
+            value = -damping(rho_nu, unit) * unit * log_mass
+            return value if tops is None else torch.minimum(value, tops[1])
 
         return Potentials(
             DualPotential(self._cast(f), lambda: self._dual_values()[0]),

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from . import linalg
-from .arrays import HALF, as_number, as_tensor, refuse_forward_mode
+from .arrays import HALF, as_number, as_tensor, in_problem, refuse_forward_mode, require_finite
 from .costs import Cost, MatrixCost
 from .errors import InvalidProblem, Unsupported
+from .feasibility import by_pattern
 from .linalg import Eps
 from .measures import Discrete, Gaussian, Measure, as_measure, suffix
 from .reference import Reference, Static, as_reference
@@ -44,6 +45,7 @@ class Problem:
     relax : ``(rho_mu, rho_nu)``, the strength of ``rho KL(marginal | given)``; infinite for a hard constraint.
     result_dtype : dtype of what a bridge returns; half precisions are computed in float32 and cast back.
     notes : what was done to the input, for the report.
+    mass : what a partial plan carries, ``(*b,)`` in float64: the marginals are then bounds; None where they are not.
     """
 
     mu: Measure
@@ -54,9 +56,19 @@ class Problem:
     result_dtype: torch.dtype = torch.float64
     notes: tuple[str, ...] = ()
     eps_leaf: Tensor | None = None
+    mass: Tensor | None = None
 
     @classmethod
-    def of(cls, mu: Any, nu: Any, eps: Any, reference: Any = None, cost: Any = None, relax: Any = None) -> Problem:
+    def of(
+        cls,
+        mu: Any,
+        nu: Any,
+        eps: Any,
+        reference: Any = None,
+        cost: Any = None,
+        relax: Any = None,
+        mass: Any = None,
+    ) -> Problem:
         """Convert and check every argument; raises `InvalidProblem` with the argument, the fault and the way out."""
         automatic = isinstance(eps, str) and eps == "auto"
         epsilon = 1.0 if automatic else check_eps(eps)
@@ -83,7 +95,11 @@ class Problem:
         problem = cls(a, b, epsilon, ref, rho, result, tuple(notes), leaf)
         problem._check_shapes()
         coarsest = max(torch.finfo(source).eps for source in sources)
-        problem = problem._balance(coarsest) if rho == (INF, INF) else problem
+        if mass is not None:
+            problem = problem._partial(mass, coarsest)
+        elif rho == (INF, INF):
+            problem = problem._balance(coarsest)
+        problem._check_feasible()
         return problem._automatic() if automatic else problem
 
     def with_eps(self, eps: Any) -> Problem:
@@ -129,6 +145,11 @@ class Problem:
         return self.mu.points, self.nu.points
 
     @property
+    def hard(self) -> bool:
+        """Whether the plan has exactly the marginals mu and nu."""
+        return self.relax == (INF, INF) and self.mass is None
+
+    @property
     def batch_shape(self) -> tuple[int, ...]:
         """Leading batch dimensions."""
         return self.mu.batch_shape
@@ -163,10 +184,11 @@ class Problem:
             mu=self.mu.to(dtype=dtype, device=device),
             nu=self.nu.to(dtype=dtype, device=device),
             reference=reference,
+            mass=None if self.mass is None else self.mass.to(device=device),
         )
         # what was equal in the old dtype is made equal in the new one
         coarsest = max(torch.finfo(self.dtype).eps, torch.finfo(moved.dtype).eps)
-        return moved._balance(coarsest) if self.relax == (INF, INF) else moved
+        return moved._balance(coarsest) if self.hard else moved
 
     def pick(self, index: tuple[int, ...]) -> Problem:
         """One problem of a batch, without padding; a shorter ``index`` picks along the first batch dimensions."""
@@ -175,7 +197,8 @@ class Problem:
         leaf = self.eps_leaf if self.eps_leaf is None or not self.eps_leaf.ndim else self.eps_leaf[index]
         if isinstance(self.cost, MatrixCost) and isinstance(mu, Discrete) and isinstance(nu, Discrete):
             reference = Static(self.cost.pick(index, mu.n, nu.n))
-        return replace(self, mu=mu, nu=nu, reference=reference, eps=_part(self.eps, index), eps_leaf=leaf)
+        mass = None if self.mass is None else self.mass[index]
+        return replace(self, mu=mu, nu=nu, reference=reference, eps=_part(self.eps, index), eps_leaf=leaf, mass=mass)
 
     # ---- checks ----------------------------------------------------------------------------------------------------
 
@@ -237,10 +260,54 @@ class Problem:
             reachable = (live @ table.mT if table.ndim == 2 else (table @ live[..., None])[..., 0]) > 0
             lost = torch.nonzero(~reachable & (here.weights > 0))
             if len(lost):
-                raise InvalidProblem(
-                    f"atom {lost[0].tolist()} of {name} has weight but every pair it may take is forbidden (+inf) or empty; "
-                    "allow a pair or drop the atom"
-                )
+                raise InvalidProblem(lost_atom(name, lost[0].tolist()))
+
+    def _check_feasible(self) -> None:
+        """Masses that the allowed pairs cannot carry are refused, where the pattern is small enough to tell."""
+        cost = self.cost
+        if not isinstance(cost, MatrixCost) or not cost.forbids or self.relax != (INF, INF):
+            return
+        assert isinstance(self.mu, Discrete) and isinstance(self.nu, Discrete)
+        allowed = torch.isfinite(cost.values).expand(*self.batch_shape, self.mu.n, self.nu.n)
+        found = by_pattern(allowed, self.mu.weights, self.nu.weights, self.mass, self.slack)
+        if found is not None:
+            raise InvalidProblem(str(found))
+
+    @property
+    def slack(self) -> float:
+        """Relative difference of masses that the rounding of the input explains."""
+        return max(_slack(torch.finfo(side.source_dtype).eps) for side in (self.mu, self.nu))
+
+    def _partial(self, mass: Any, rounding: float) -> Problem:
+        """The problem with a prescribed ``mass``, at most that of either side."""
+        if self.relax != (INF, INF):
+            raise InvalidProblem("mass= bounds both marginals and relax= weighs them; drop one of them")
+        if not isinstance(self.mu, Discrete) or not isinstance(self.nu, Discrete):
+            raise InvalidProblem(
+                "a prescribed mass needs atoms on both sides; draw some: sbot.Discrete(mu.sample(4096))"
+            )
+        s = as_tensor(mass, "mass", like=self.mu.weights.double())
+        require_finite(s, "mass")
+        if s.device != self.device or tuple(s.shape) not in {(), self.batch_shape}:
+            where = f"shape {tuple(s.shape)} on {s.device}"
+            raise InvalidProblem(f"mass has {where}; give a number, or one for each problem: {self.batch_shape}")
+        s = s.double().expand(self.batch_shape)
+        most = torch.minimum(self.mu.weights.detach().double().sum(-1), self.nu.weights.detach().double().sum(-1))
+        wrong = torch.nonzero(((s <= 0) | (s > most * (1 + _slack(rounding)))).flatten())
+        if len(wrong):
+            k = int(wrong[0])
+            asked, whole = float(s.flatten()[k]), float(most.flatten()[k])
+            held = [float(side.mass.flatten()[k]) for side in (self.mu, self.nu)]
+            raise InvalidProblem(
+                f"mass is {asked:.9g}{self._which(k)}, and mu and nu hold {held[0]:.9g} and {held[1]:.9g}; "
+                f"give 0 < mass <= {whole:.9g}"
+            )
+        return replace(self, mass=torch.minimum(s, most))
+
+    def _which(self, k: int) -> str:
+        """The k-th problem of the batch, in words."""
+        shape = self.batch_shape
+        return in_problem([int(i) for i in torch.unravel_index(torch.tensor(k), shape)]) if shape else ""
 
     def _balance(self, rounding: float) -> Problem:
         """Equal masses up to what the input's ``rounding`` explains are made equal; others are refused."""
@@ -249,11 +316,11 @@ class Problem:
         a, b = self.mu.weights.detach().double().sum(-1), self.nu.weights.detach().double().sum(-1)
         apart = ((a - b).abs() / torch.maximum(a, b)).flatten()
         k, worst = int(apart.argmax()), float(apart.max())
-        which = f" in problem {k} of the batch" if self.batch_shape else ""
-        if worst > (1e-8 if rounding < 1e-8 else 1e-5 if rounding < 1e-5 else 1e-2):
+        which = self._which(k)
+        if worst > _slack(rounding):
             raise InvalidProblem(
                 f"sum(mu) = {float(a.flatten()[k]):.9g} and sum(nu) = {float(b.flatten()[k]):.9g}{which}: a balanced problem "
-                "needs equal masses; normalise the weights, or relax the marginals: relax=(rho_mu, rho_nu)"
+                "needs equal masses; normalise the weights, relax the marginals: relax=(rho_mu, rho_nu), or carry a part: mass="
             )
         if worst <= 4 * torch.finfo(self.dtype).eps:
             return self  # as equal as sums get
@@ -323,6 +390,19 @@ def _part(eps: Eps, index: tuple[int, ...]) -> Eps:
         return eps
     part = eps[index]
     return part if part.ndim else float(part)
+
+
+def lost_atom(name: str, index: list[int]) -> str:
+    """What is wrong with an atom, ``[*b, i]``, that no pair reaches."""
+    return (
+        f"atom {index[-1:]} of {name}{in_problem(index[:-1])} has weight but every pair it may take is forbidden "
+        "(+inf) or empty; allow a pair or drop the atom"
+    )
+
+
+def _slack(rounding: float) -> float:
+    """Relative difference of two masses that is taken for rounding, for input of this machine epsilon."""
+    return 1e-8 if rounding < 1e-8 else 1e-5 if rounding < 1e-5 else 1e-2
 
 
 def _promote(dtypes: list[torch.dtype]) -> torch.dtype:

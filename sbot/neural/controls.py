@@ -12,7 +12,7 @@ from .. import linalg
 from ..arrays import require_finite
 from ..errors import InvalidProblem
 from ..measures import Discrete
-from ..problem import INF, Problem
+from ..problem import Problem
 from ..reference import Process
 from .fit import own_randomness
 from .nets import Directed, TimeMLP, check_net, own_copy, takes_direction
@@ -28,8 +28,10 @@ def refusal(problem: Problem) -> str | None:
         return f"the problem has batch dimensions {problem.batch_shape}; solve the problems one by one"
     if problem.eps_leaf is not None:
         return "eps wants a gradient, which exists for Sinkhorn and ClosedForm only; pass float(eps)"
-    if problem.relax != (INF, INF):
-        return "relaxed marginals are not learned from samples; try Sinkhorn on samples: mu.sample(4096)"
+    if not problem.hard:
+        return (
+            "relaxed marginals and partial plans are not learned from samples; try Sinkhorn on samples: mu.sample(4096)"
+        )
     if not problem.mu.event_shape:
         return "histograms have no points to move; try Sinkhorn with the cost matrix"
     for name, end in (("mu", problem.mu), ("nu", problem.nu)):

@@ -16,7 +16,7 @@ from ..gaussian import couple
 from ..measures import Gaussian
 from ..potential_bridge import PotentialBridge
 from ..potentials import Quadratics
-from ..problem import INF, Problem
+from ..problem import Problem
 from ..reference import LinearReference
 from .base import Solver, reporting
 
@@ -41,8 +41,10 @@ class ClosedForm(Solver):
                 return f"{name} is {type(measure).__name__}, needs Gaussian; try sbot.Gaussian.from_samples(x)"
         if not isinstance(problem.reference, LinearReference):
             return f"the reference is {problem.reference!r}, needs a linear one; try reference=sbot.Brownian()"
-        if problem.relax != (INF, INF):
-            return "relaxed marginals have no closed form here; try Sinkhorn on samples: mu.sample(4096)"
+        if not problem.hard:
+            return (
+                "relaxed marginals and partial plans have no closed form here; try Sinkhorn on samples: mu.sample(4096)"
+            )
         return None
 
     def solve(self, problem: Problem, *, init: Bridge | None = None, progress: Any = None) -> Bridge:

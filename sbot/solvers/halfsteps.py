@@ -19,6 +19,7 @@ from torch import Tensor
 from ..coupling import damping, dual_term
 from ..kernels import FLOOR, Conditionals, LogKernel
 from ..linalg import Eps, along, as_eps
+from ..partial import capped, masses, support, violation
 
 #: after a look at the error: total iterations so far and the error; returns whether to stop
 Check = Callable[[int, float], bool]
@@ -45,7 +46,8 @@ class State:
     solve, ``(*b,)``: errors are measured in it.  ``model`` is where the conditional laws are kept, None where iterations
     stream.  ``rows`` and ``columns`` are the masses of the plan, in float64; ``fresh`` says whether they are those of the
     present g, ``known`` whether the model is; ``roomless`` is the smallest eps at which there was no room for one.  ``correct``
-    improves a half-step where iterations stream, see `cells.Correction`.
+    improves a half-step where iterations stream, see `cells.Correction`.  ``mass`` is what a partial plan carries, ``(*b,)``;
+    ``lse`` and ``height`` are then what its pass found, and ``f / eps``, in float64.
     """
 
     kernel: LogKernel
@@ -60,9 +62,12 @@ class State:
     passes: int = 0
     roomless: float = math.inf
     correct: Correct | None = None
+    mass: Tensor | None = None
     f: Tensor = field(init=False)
     rows: Tensor = field(init=False)
     columns: Tensor = field(init=False)
+    lse: Tensor = field(init=False)
+    height: Tensor = field(init=False)
     known: bool = field(init=False, default=False)
     fresh: bool = field(init=False, default=False)
 
@@ -95,11 +100,20 @@ class State:
         if self.model is not None and keep_model and self.largest <= self.roomless / 2:
             self.model.open()
             keep = self.model.keep
-        seen = self.kernel.conditionals(self.log_b + self.g / self.unit, self.eps, self.a, 1 - lam, keep)
+        bias, rows = self.log_b + self.g / self.unit, self.a
+        if self.mass is not None:
+            # the cap depends on all rows: their sums first
+            self.lse = self.kernel.reduce(bias, self.eps)[0].double()
+            rows = masses(self.log_a, self.lse, self.mass).to(self.a)
+        seen = self.kernel.conditionals(bias, self.eps, rows, 1 - lam, keep)
         if self.model is not None and keep is not None:
             self.known = self.model.close()
             self.roomless = self.roomless if self.known else self.largest
         f = -lam * self.unit * seen.lse
+        if self.mass is not None:
+            self.height = capped(self.log_a, self.lse, self.mass)
+            f = (self.unit * self.height).to(self.a)
+            self.passes += 1
         # an atom of zero weight may have only forbidden pairs: its potential is infinite and of no consequence
         self.f = torch.where(self.live[0], f, 0.0) if self.zeros else f
         self.rows, self.columns = seen.rows.double(), seen.columns
@@ -112,6 +126,7 @@ class State:
         model = None if self.model is None else self.model.like(kernel)
         eps, slack = (part[index] if isinstance(part, Tensor) else part for part in (self.eps, self.slack))
         part = State(kernel, self.a[index], self.b[index], self.rho, self.g[index], model, eps, slack, self.iterations)
+        part.mass = None if self.mass is None else self.mass[index]
         part.settle()
         return part
 
@@ -122,14 +137,29 @@ class State:
         self.iterations, self.passes = part.iterations, self.passes + part.passes
 
     def goal(self, log_v: Tensor | float = 0.0) -> Tensor:
-        """What the columns should sum to: b, or ``b e^{-g / rho}`` where nu is relaxed, with g moved by ``eps log_v``."""
+        """What the columns should sum to: b, or ``b e^{-g / rho}`` where nu is relaxed, with g moved by ``eps log_v``.
+
+        In a partial plan it is what a half-step makes of them.
+        """
+        if self.mass is not None:
+            return masses(self.log_b, self.columns.log() - self.log_b - self.g.double() / self.unit, self.mass)
         if math.isinf(self.rho[1]):
             return self.b.double()
         return self.b.double() * torch.exp(-(self.g.double() + self.unit * log_v) / self.rho[1])
 
     def errors(self) -> Tensor:
-        """Relative L1 distance of nu's marginal from its target, ``(*b,)``, in units of ``slack``."""
-        return relative(self.columns, self.goal()) / self.slack
+        """Relative L1 distance of nu's marginal from its target, ``(*b,)``, in units of ``slack``.
+
+        Of a partial plan, the distance from what its bounds allow.
+        """
+        return self.distance(self.columns) / self.slack
+
+    def distance(self, columns: Tensor, log_v: Tensor | float = 0.0) -> Tensor:
+        """`errors` at other masses, with g moved by ``eps log_v``, as they are."""
+        if self.mass is None:
+            return relative(columns, self.goal(log_v))
+        height = self.g.double() / self.unit + log_v
+        return violation(columns, self.b.double(), height, self.mass)
 
     def error(self) -> float:
         """The worst of a batch."""
@@ -146,6 +176,15 @@ class State:
     def sunk(self) -> Tensor:
         """Columns whose mass is below what a pass can tell."""
         return self.columns <= 2 ** (FLOOR[self.a.dtype] + 1) * self.rows.sum(-1, keepdim=True)
+
+    def lift(self, log_columns: Tensor) -> Tensor:
+        """``g / eps`` of a partial plan after its half-step, float64, from the columns' masses."""
+        assert self.mass is not None
+        return capped(self.log_b, log_columns - self.log_b - self.g.double() / self.unit, self.mass)
+
+    def rise(self, log_columns: Tensor) -> Tensor:
+        """What the half-step of a partial plan adds to ``g / eps``."""
+        return self.lift(log_columns) - self.g.double() / self.unit
 
     def move(self, log_v: Tensor) -> None:
         """``g += eps log_v``."""
@@ -176,6 +215,9 @@ class State:
         total = -self.eps * self.rows.sum(-1)
         for weights, potential, rho in ((self.a, self.f, self.rho[0]), (self.b, self.g, self.rho[1])):
             live = torch.where(weights > 0, potential, 0.0).double()
+            if self.mass is not None:
+                total = total + support(live, weights.double(), self.mass)
+                continue
             total = total + (weights.double() * dual_term(live, rho)).sum(-1)
         return total
 
@@ -183,7 +225,11 @@ class State:
         """Share the constant so that ``<a, f>`` and ``<b, g>`` are equal: swapping mu and nu then swaps f and g."""
         if self.rho != (math.inf, math.inf):
             return
-        means = [(w * torch.where(w > 0, p, 0.0)).sum(-1) / w.sum(-1) for w, p in ((self.a, self.f), (self.b, self.g))]
+        sides = (self.a, self.f), (self.b, self.g)
+        if self.mass is None:
+            means = [(w * torch.where(w > 0, p, 0.0)).sum(-1) / w.sum(-1) for w, p in sides]
+        else:
+            means = [support(p, w, self.mass) / self.mass.to(p) for w, p in sides]
         shift = (means[1] - means[0]) / 2
         self.f, self.g = self.f + shift[..., None], self.g - shift[..., None]
 
@@ -219,24 +265,29 @@ class Exact(Step):
         self._past: list[tuple[Tensor, Tensor]] = []
         self._best: tuple[float, tuple[Tensor, Tensor]] | None = None
         self._plain = 0
+        self._loose: tuple[Tensor, Tensor] | None = None
 
     def advance(self, state: State, most: int, check: Check) -> bool:
         goal, columns, error = state.goal(), state.columns, state.error()
-        sunk = bool((state.sunk & state.live[1]).any())
-        if sunk:
+        lost = state.sunk & state.live[1]
+        if state.mass is not None:
+            # at the cap of a partial plan a column may have no mass to speak of
+            lost = lost & (state.g < state.g.amax(-1, keepdim=True) - state.unit)
+        if sunk := bool(lost.any()):
             # an atom of nu that underflowed in every row: its sums are to be had in the log domain only
             lse = state.kernel.T.reduce(state.log_a + state.f / state.unit, state.eps)[0]
             log_columns = state.log_b.double() + (state.g / state.unit + lse).double()
         else:
             log_columns = columns.log()
-        rest = torch.where(state.live[1], state.damp[1] * (goal.log() - log_columns), 0.0)
         here = state.g.double() / state.unit
+        wanted = state.damp[1] * (goal.log() - log_columns) if state.mass is None else state.rise(log_columns)
+        rest = torch.where(state.live[1], wanted, 0.0)
         if state.correct is not None and not sunk:
             rest = state.correct(goal - columns, rest)
         else:
             rest = rest - state.imbalance((state.unit * (here + rest)).to(state.g)).double() / state.unit
         self._plain = max(0, self._plain - 1)
-        if sunk or self._plain:
+        if sunk or self._plain or self._turned(state, here + rest):
             self._past = []
         self._past = [*self._past, (here, rest)][-1 - self.memory :]
         if self._best is None or error < self._best[0]:
@@ -244,12 +295,25 @@ class Exact(Step):
         elif error > GROWN * self._best[0]:
             self._past, self._plain = [self._best[1]], 2 * self.memory
         step = self._mixed(goal) - here
+        if self._loose is not None:
+            # nothing above the cap of a partial plan
+            top = torch.where(self._loose[1], here + step, -torch.inf).amax(-1, keepdim=True)
+            step = torch.minimum(here + step, top) - here
         if state.rho == (math.inf, math.inf):
             # the error does not see a constant, which would grow until it costs digits
             step = step - ((goal * step).sum(-1) / goal.sum(-1))[..., None]
         state.move(step)
         state.iterations += 1
         return False
+
+    def _turned(self, state: State, lifted: Tensor) -> bool:
+        """Whether other atoms are at the caps of a partial plan than a step ago: what was smooth is not."""
+        if state.mass is None:
+            return False
+        high = torch.where(state.live[1], lifted, -torch.inf)
+        loose = tuple(part >= part.amax(-1, keepdim=True) for part in (state.height, high))
+        before, self._loose = self._loose, (loose[0], loose[1])
+        return before is None or any(not torch.equal(one, two) for one, two in zip(before, loose, strict=True))
 
     def _mixed(self, goal: Tensor) -> Tensor:
         here, rest = self._past[-1]
@@ -288,12 +352,16 @@ class HalfSteps(Step):
         log_v, done, stop = torch.zeros_like(goal), 0, False
         while done < most and not stop:
             look = done % self.every == self.every - 1 or done == most - 1
-            step = goal / columns  # 0 at an atom of zero weight
+            # 0 at an atom of zero weight
+            step = goal / columns if state.mass is None else state.rise(columns.log()).exp_()
             v = _relaxed(v, step if math.isinf(state.rho[1]) else step.pow_(lam_b), omega)
             sums = model.times(v)
             sums = sums if lack is None else sums.add_(lack[0]).clamp_(min=tiny)
-            # where the error is looked at, f is exact as everywhere else
-            u = _relaxed(u, sums.pow_(-lam_a), None if look else omega)
+            if state.mass is not None:
+                u = (capped(state.log_a, state.lse + sums.log(), state.mass) - state.height).exp_()
+            else:
+                # where the error is looked at, f is exact as everywhere else
+                u = _relaxed(u, sums.pow_(-lam_a), None if look else omega)
             columns = model.transposed_times(r * u)
             columns = (columns if lack is None else columns.add_(lack[1])).clamp_(min=tiny)
             done += 1
@@ -304,10 +372,11 @@ class HalfSteps(Step):
                     return Exact().advance(state, most, check)
                 if spread > (TRUST if model.sparse else RANGE):
                     break
-                errors = relative(columns * v, state.goal(log_v)) / state.slack
+                errors = state.distance(columns * v, log_v) / state.slack
                 stop = check(state.iterations + done, float(errors.max()))
                 pace.look(errors, self.every)
-                omega = pace.omega
+                # over-relaxation would cross the cap of a partial plan
+                omega = pace.omega if state.mass is None else None
         state.move(log_v)
         state.translate()
         state.iterations += done

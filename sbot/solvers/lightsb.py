@@ -25,7 +25,7 @@ from ..metrics import energy_distance
 from ..neural.fit import FitConfig, Trainer
 from ..potential_bridge import PotentialBridge
 from ..potentials import Atoms, Quadratics
-from ..problem import INF, Problem
+from ..problem import Problem
 from ..reference import LinearReference
 from .base import Progress, Solver, reporting
 from .mixture import AdjustedMixture, as_operator, start
@@ -177,8 +177,10 @@ def refuse_unlike_points(problem: Problem) -> str | None:
             return f"{name} has batch dimensions {measure.batch_shape}; solve the problems one by one"
     if problem.eps_leaf is not None:
         return "eps wants a gradient, which exists for Sinkhorn and ClosedForm only; pass float(eps)"
-    if problem.relax != (INF, INF):
-        return "the marginals are relaxed; try Sinkhorn on samples: sbot.Discrete(mu.sample(4096))"
+    if not problem.hard:
+        return (
+            "the marginals are relaxed or the plan is partial; try Sinkhorn on samples: sbot.Discrete(mu.sample(4096))"
+        )
     ends = (problem.mu, problem.nu)
     if not all(isinstance(end, Discrete) for end in ends):
         for name, end in zip(("mu", "nu"), ends, strict=True):

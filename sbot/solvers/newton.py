@@ -8,17 +8,22 @@ that the columns should have (b, or ``b e^{-g / rho}`` where nu is relaxed),
 
 with ``S`` the Schur complement of the Hessian, times eps, and ``lambda_mu = rho_mu / (rho_mu + eps)``.  Conjugate gradients need
 only products with P, one on each side; the further off, the fewer of them (Dembo, Eisenstat and Steihaug 1982).
+
+In a partial plan the atoms at the cap of each side move together, and only their common mass is prescribed: the same equations
+with these atoms merged into one (`partial.Merged`), which atoms they are being taken from a half-step.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..kernels import Conditionals
+from ..partial import Merged
 from .halfsteps import Check, State, Step
 
 
@@ -43,12 +48,16 @@ class Newton(Step):
 
     def advance(self, state: State, most: int, check: Check) -> bool:
         g, errors, value = state.g, state.errors(), state.dual()
-        z, used = self.direction(state, state.goal() - state.columns, errors, min(self.inner, most))
+        loose = None
+        if state.mass is not None:
+            height = state.lift(state.columns.log())
+            loose = height >= height.amax(-1, keepdim=True)
+        z, used = self.direction(state, state.goal() - state.columns, errors, min(self.inner, most), loose)
         state.iterations += used
         share = (self.trust / z.abs().amax(-1, keepdim=True).clamp(min=self.trust)).clamp(max=1.0)
         for _ in range(self.cuts):
             state.g = g
-            state.move(share * z)
+            _step(state, share * z)
             state.settle()
             # where the dual is flat to rounding the error decides; of a batch each has its own share
             gained = (state.dual() >= value) | (state.errors() <= errors)
@@ -57,10 +66,12 @@ class Newton(Step):
             share = torch.where(gained[..., None], share, share / 4)
         # those that gained keep their step, the others are left where they were
         state.g = g
-        state.move(torch.where(gained[..., None], share, 0.0) * z)
+        _step(state, torch.where(gained[..., None], share, 0.0) * z)
         return False
 
-    def direction(self, state: State, rest: Tensor, errors: Tensor, most: int) -> tuple[Tensor, int]:
+    def direction(
+        self, state: State, rest: Tensor, errors: Tensor, most: int, loose: Tensor | None = None
+    ) -> tuple[Tensor, int]:
         """``S z = rest`` by preconditioned conjugate gradients, to a residual that ``errors`` says, and how many it took."""
         model, r, goal = state.model, state.rows, state.goal()
         assert model is not None
@@ -72,14 +83,44 @@ class Newton(Step):
         if not math.isinf(state.rho[1]):
             whole = whole + state.unit / state.rho[1] * goal
         ridge = self.ridge * errors.clamp(max=1.0)[..., None]
-        diagonal = (whole - model.squares(inner)).clamp(min=1e-3 * whole) + ridge * whole
+        free = None if loose is None else state.height >= state.height.amax(-1, keepdim=True)
+        own = inner if free is None else torch.where(free, 0.0, inner)
+        diagonal = (whole - model.squares(own)).clamp(min=1e-3 * whole) + ridge * whole
         whole = (1 + ridge) * whole
         inverse = torch.where(diagonal > 0, 1 / diagonal, 0.0)
-        return _conjugate_gradients(model, whole, inner, rest, inverse, errors, most)
+        if loose is None or free is None:
+            return _conjugate_gradients(model, whole, inner, rest, inverse, errors, most)
+        rows, columns = Merged(free, inner), Merged(loose, diagonal)
+        g = state.g.double()
+        # what is to be at the cap is first brought to it
+        start = torch.where(loose, torch.where(loose, g, -torch.inf).amax(-1, keepdim=True) - g, 0.0) / state.unit
+        rest = columns(rest - whole * start + model.transposed_times(rows(inner * model.times(start))))
+        z, used = _conjugate_gradients(model, whole, inner, rest, inverse, errors, most, rows, columns)
+        return start + z, used
+
+
+def _step(state: State, z: Tensor) -> None:
+    """``g += eps z``; in a partial plan a half-step then sorts out which atoms are at the cap."""
+    state.move(z)
+    if state.mass is not None:
+        state.settle(keep_model=False)
+        state.move(state.rise(state.columns.log()))
+
+
+def _same(v: Tensor) -> Tensor:
+    return v
 
 
 def _conjugate_gradients(
-    model: Conditionals, whole: Tensor, inner: Tensor, rest: Tensor, inverse: Tensor, errors: Tensor, most: int
+    model: Conditionals,
+    whole: Tensor,
+    inner: Tensor,
+    rest: Tensor,
+    inverse: Tensor,
+    errors: Tensor,
+    most: int,
+    rows: Callable[[Tensor], Tensor] = _same,
+    columns: Callable[[Tensor], Tensor] = _same,
 ) -> tuple[Tensor, int]:
     z = torch.zeros_like(rest)
     p = inverse * rest
@@ -88,7 +129,7 @@ def _conjugate_gradients(
     used = 0
     while used < most:
         used += 1
-        sp = whole * p - model.transposed_times(inner * model.times(p))
+        sp = columns(whole * p - model.transposed_times(rows(inner * model.times(p))))
         curvature = (p * sp).sum(-1, keepdim=True)
         alpha = torch.where(curvature > 0, rho / curvature, 0.0)
         z, rest = z + alpha * p, rest - alpha * sp

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 import warnings
@@ -14,15 +15,16 @@ from torch import Tensor
 
 from ..arrays import as_count, as_number, refuse_forward_mode
 from ..bridge import Bridge, Report
-from ..costs import MatrixCost
+from ..costs import Cosine, Lp, MatrixCost
 from ..diffusion import Intractable
 from ..errors import InvalidProblem, NotConverged, NumericalError, PrecisionWarning
-from ..kernels import Conditionals, DenseKernel, make_kernel
+from ..feasibility import by_potentials, unreached
+from ..kernels import TILE_BYTES, Conditionals, DenseKernel, LogKernel, make_kernel, require_memory
 from ..linalg import Eps, as_eps
 from ..measures import Discrete
 from ..potential_bridge import PotentialBridge
 from ..potentials import Atoms
-from ..problem import Problem
+from ..problem import Problem, lost_atom
 from .base import Progress, Solver, reporting
 from .cells import Correction, coarsened
 from .halfsteps import TRUST, Exact, HalfSteps, State, Step
@@ -37,6 +39,8 @@ START = 0.1
 COARSEST, COARSE = 4096, 1e-2
 #: Looks at the error without a new best (by a thousandth) after which the last stage counts as stalled.
 PATIENCE = 10
+#: Plain half-steps, after which the potentials of a problem without a plan have parted.
+PROBE = 20
 #: Half-steps in a row; where more would be needed at the rate of the last ones, Newton takes over.
 RUN = 30
 #: Marginal error that rounding leaves, in units of ``machine epsilon * max|C| / eps``: a few times what was measured when
@@ -59,7 +63,7 @@ class Sinkhorn(Solver):
     max_iter : iterations in total; an iteration is one half-step on each side.
     anneal : how eps is lowered from the mean cost to its value; None starts at eps.
     memory : bytes of n x m storage allowed.  Within it a model of the plan is kept, and an iteration is two matrix-vector
-        products with it; beyond it tiles are streamed and memory is O(n + m).
+        products with it; beyond it tiles are streamed, of no more than this, and memory is O(n + m).  0 keeps nothing.
 
     Raises
     ------
@@ -118,7 +122,7 @@ class Sinkhorn(Solver):
                 last = k == len(stages) - 1
                 state.eps = eps
                 watch = _Watch(state.largest, tolerance, last, goal.reach, history, report)
-                self._stage(state, last, watch, counts)
+                self._stage(state, last, watch, counts, problem if _may_forbid(problem) else None)
                 reason = watch.reason
             state.centre()
             phi, psi = _potentials(problem, state)
@@ -172,12 +176,17 @@ class Sinkhorn(Solver):
         state.eps = stages[-1][0]
         state.settle()
         across = make_kernel(problem.cost, parts.sites[0], problem.sites[1].detach()).T
-        return _Coarse(bridge, Correction(state, cells, across) if state.known else None)
+        whole = state.known and problem.mass is None
+        return _Coarse(bridge, Correction(state, cells, across) if whole else None)
 
     def _prepare(self, problem: Problem, init: Bridge | None) -> tuple[State, list[tuple[Eps, float]], _Goal]:
         mu, nu, eps = problem.mu, problem.nu, problem.eps
         assert isinstance(mu, Discrete) and isinstance(nu, Discrete)
         kernel = make_kernel(problem.cost, *problem.sites, memory=self.memory)
+        self._require_tile(kernel)
+        unsaid = _may_forbid(problem) and not isinstance(problem.cost, MatrixCost)
+        if unsaid and (lost := unreached(kernel, mu.weights, nu.weights)) is not None:
+            raise InvalidProblem(lost_atom(*lost))
         mean, largest = kernel.scale()
         if not bool(torch.isfinite(largest).all()):
             raise NumericalError("the cost overflows this dtype; rescale the points (and eps) or use float64")
@@ -194,10 +203,27 @@ class Sinkhorn(Solver):
         taken = kernel.stored.numel() * kernel.dtype.itemsize if isinstance(kernel, DenseKernel) else 0
         model = Conditionals(kernel, max(0, self.memory - (0 if isinstance(problem.cost, MatrixCost) else taken)))
         state = State(kernel, a, b, problem.relax, g, model if model.possible else None, slack=goal.slack)
+        state.mass = None if problem.mass is None else problem.mass.detach()
         where = "stored" if isinstance(kernel, DenseKernel) else "computed by tiles"
         values = f"{len(stages)} value{'s' if len(stages) > 1 else ''} of eps"
         said = f"cost {where}, {values}"
         return state, stages, replace(goal, notes=(*problem.notes, *goal.notes, said))
+
+    def _require_tile(self, kernel: LogKernel) -> None:
+        """A tile is at least one row of costs, of each problem of a batch; memory=0 stores nothing, and sets no limit to it."""
+        row = math.prod(kernel.batch_shape) * max(kernel.shape) * kernel.dtype.itemsize
+        what = f"one row of costs of {math.prod(kernel.batch_shape)} x {max(kernel.shape)} entries"
+        if isinstance(kernel, DenseKernel):
+            return
+        if 0 < self.memory < row:
+            raise InvalidProblem(
+                f"memory is {self.memory} and {what}, the least that can be looked at, takes {row} bytes; give memory >= {row}, "
+                "or memory=0 to keep nothing and choose the tiles by the device"
+            )
+        if row > TILE_BYTES:
+            require_memory(row, kernel.device, what, "use float32, fewer atoms, or a smaller batch")
+        if 0 < self.memory < TILE_BYTES:
+            kernel.tile_bytes = self.memory
 
     def _goal(self, problem: Problem, largest: Tensor) -> _Goal:
         machine = torch.finfo(problem.dtype).eps
@@ -222,11 +248,23 @@ class Sinkhorn(Solver):
                 warnings.warn(f"{note}; use float64, a larger eps or tol=None", PrecisionWarning, stacklevel=5)
         return _Goal(least, float((reach / slack).max()), slack, resolved, (note,))
 
-    def _stage(self, state: State, last: bool, watch: _Watch, counts: dict[str, int]) -> None:
-        """One eps: half-steps while they gain enough, then Newton; every step ends in the log domain, which alone is believed."""
+    def _stage(self, state: State, last: bool, watch: _Watch, counts: dict[str, int], doubtful: Problem | None) -> None:
+        """One eps: half-steps while they gain enough, then Newton; every step ends in the log domain, which alone is believed.
+
+        Where it takes long, whether ``doubtful`` forbidden pairs leave any plan is looked at now and then.
+        """
         limit = self.max_iter if last else min(self.max_iter, state.iterations + STAGE_LIMIT)
         state.settle()
-        self._iterate(state, limit, last, watch, counts)
+        span = STAGE_LIMIT
+        while True:
+            until = limit if doubtful is None else min(limit, state.iterations + span)
+            self._iterate(state, until, last, watch, counts)
+            if doubtful is None or state.iterations < until or watch.stalled or state.error() <= watch.tolerance:
+                return
+            _require_room(doubtful, state)
+            if state.iterations >= limit:
+                return
+            span *= 2
 
     def _iterate(self, state: State, limit: int, last: bool, watch: _Watch, counts: dict[str, int]) -> None:
         step: Step = HalfSteps()
@@ -248,6 +286,26 @@ class Sinkhorn(Solver):
                 state.put(busy, part)
                 return
             step = _next(step, error, state.error(), took, watch.tolerance)
+
+
+def _may_forbid(problem: Problem) -> bool:
+    """Whether pairs may be forbidden so that no plan is left."""
+    cost = problem.cost
+    if problem.relax != (math.inf, math.inf) or isinstance(cost, (Lp, Cosine)):
+        return False
+    return cost.forbids if isinstance(cost, MatrixCost) else cost.embed(*problem.sites) is None
+
+
+def _require_room(problem: Problem, state: State) -> None:
+    """`InvalidProblem` where the potentials, after some plain half-steps, show that forbidden pairs leave no plan."""
+    probe = copy.copy(state)
+    for steps in (0, PROBE):
+        for _ in range(steps):
+            Exact(memory=0).advance(probe, 1, lambda *_: False)
+            probe.settle(keep_model=False)
+        short = by_potentials(probe.kernel, probe.f, probe.a, probe.b, probe.mass, problem.slack)
+        if short is not None:
+            raise InvalidProblem(str(short))
 
 
 def _few(state: State, tolerance: float) -> Tensor | None:
