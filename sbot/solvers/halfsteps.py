@@ -46,8 +46,9 @@ class State:
     solve, ``(*b,)``: errors are measured in it.  ``model`` is where the conditional laws are kept, None where iterations
     stream.  ``rows`` and ``columns`` are the masses of the plan, in float64; ``fresh`` says whether they are those of the
     present g, ``known`` whether the model is; ``roomless`` is the smallest eps at which there was no room for one.  ``correct``
-    improves a half-step where iterations stream, see `cells.Correction`.  ``mass`` is what a partial plan carries, ``(*b,)``;
-    ``lse`` and ``height`` are then what its pass found, and ``f / eps``, in float64.
+    improves a half-step where iterations stream, see `cells.Correction`; ``stiff`` remembers that conjugate gradients did not
+    do.  ``mass`` is what a partial plan carries, ``(*b,)``; ``lse`` and ``height`` are then what its pass found, and ``f / eps``,
+    in float64.
     """
 
     kernel: LogKernel
@@ -61,6 +62,7 @@ class State:
     iterations: int = 0
     passes: int = 0
     roomless: float = math.inf
+    stiff: bool = False
     correct: Correct | None = None
     mass: Tensor | None = None
     f: Tensor = field(init=False)
@@ -146,6 +148,12 @@ class State:
         if math.isinf(self.rho[1]):
             return self.b.double()
         return self.b.double() * torch.exp(-(self.g.double() + self.unit * log_v) / self.rho[1])
+
+    def log_goal(self) -> Tensor:
+        """The logarithm of `goal`, which underflows where an atom of a relaxed nu is too far to be worth any mass."""
+        if self.mass is not None or math.isinf(self.rho[1]):
+            return self.goal().log()
+        return self.log_b.double() - self.g.double() / self.rho[1]
 
     def errors(self) -> Tensor:
         """Relative L1 distance of nu's marginal from its target, ``(*b,)``, in units of ``slack``.
@@ -280,7 +288,7 @@ class Exact(Step):
         else:
             log_columns = columns.log()
         here = state.g.double() / state.unit
-        wanted = state.damp[1] * (goal.log() - log_columns) if state.mass is None else state.rise(log_columns)
+        wanted = state.damp[1] * (state.log_goal() - log_columns) if state.mass is None else state.rise(log_columns)
         rest = torch.where(state.live[1], wanted, 0.0)
         if state.correct is not None and not sunk:
             rest = state.correct(goal - columns, rest)

@@ -36,6 +36,8 @@ class Newton(Step):
     trust : no potential moves further in one step, in units of eps: the quadratic model says nothing beyond.
     inner : conjugate gradient iterations in one step, at most.
     cuts : times that a step is cut by four before it is given up.
+    near, direct : the error and the number of pairs up to which S is factorised where ``inner`` iterations did not do: groups
+        of atoms that share hardly any mass make it so ill-conditioned that conjugate gradients would go on for ever.
     ridge : the diagonal is raised by this share, times the error: far off, S is nearly singular on groups of atoms that hardly
         share mass.
     """
@@ -43,6 +45,8 @@ class Newton(Step):
     name = "Newton steps"
     trust: float = 5.0
     inner: int = 300
+    near: float = 1e-2
+    direct: int = 2**24
     cuts: int = 5
     ridge: float = 0.1
 
@@ -52,8 +56,15 @@ class Newton(Step):
         if state.mass is not None:
             height = state.lift(state.columns.log())
             loose = height >= height.amax(-1, keepdim=True)
-        z, used = self.direction(state, state.goal() - state.columns, errors, min(self.inner, most), loose)
+        rest = state.goal() - state.columns
+        near = state.error() <= self.near
+        exact = self.solution(state, rest) if state.stiff and near else None
+        z, used = self.direction(state, rest, errors, min(self.inner, most), loose) if exact is None else (exact, 1)
         state.iterations += used
+        if used == self.inner and near:
+            state.stiff = True
+            exact = self.solution(state, rest)
+            z = z if exact is None else exact
         share = (self.trust / z.abs().amax(-1, keepdim=True).clamp(min=self.trust)).clamp(max=1.0)
         for _ in range(self.cuts):
             state.g = g
@@ -97,6 +108,38 @@ class Newton(Step):
         rest = columns(rest - whole * start + model.transposed_times(rows(inner * model.times(start))))
         z, used = _conjugate_gradients(model, whole, inner, rest, inverse, errors, most, rows, columns)
         return start + z, used
+
+    def solution(self, state: State, rest: Tensor) -> Tensor | None:
+        """``S z = rest`` by Cholesky factorisation of ``S + ridge diag(S)``, with the least ridge that keeps z within trust.
+
+        On the plan itself, not on a model of it: groups of atoms may hang together by entries that a model leaves out.  None for
+        batches and partial plans, for large ones, and where S has no factor.
+        """
+        kernel, eps, lam = state.kernel, state.eps, state.damp[0]
+        if kernel.batch_shape or state.mass is not None or kernel.shape[0] * kernel.shape[1] > self.direct:
+            return None
+        r, goal = state.rows, state.goal()
+        s, whole = goal.new_zeros((len(goal), len(goal))), torch.zeros_like(goal)
+        bias = state.log_b + state.g / state.unit
+        for rows, law in kernel.softmax_tiles(bias, eps, kernel.reduce(bias, eps)[0]):
+            part = law.double()
+            # with its own sums S is positive semi-definite whatever the rounding
+            part /= part.sum(-1, keepdim=True).clamp(min=torch.finfo(part.dtype).tiny)
+            s.addmm_(part.mT, part * (lam * r)[rows, None], alpha=-1)
+            whole += part.mT @ r[rows]
+        if not math.isinf(state.rho[1]):
+            whole = whole + state.unit / state.rho[1] * goal
+        s.diagonal().add_(torch.where(whole > 0, whole, 1.0))
+        ridge = 1e-6 * state.error()
+        while 0 < ridge < 1:
+            raised = s.clone()
+            raised.diagonal().add_(ridge * whole)
+            factor, fault = torch.linalg.cholesky_ex(raised)
+            z = torch.cholesky_solve(rest[:, None], factor)[:, 0]
+            if int(fault) == 0 and float(z.abs().max()) <= self.trust:
+                return z
+            ridge *= 10
+        return None
 
 
 def _step(state: State, z: Tensor) -> None:

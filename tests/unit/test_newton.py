@@ -260,3 +260,50 @@ def test_problems_of_a_batch_that_are_done_are_left_behind(name, rho, generator)
     columns = whole.plan().sum(-2)
     if rho[1] == INF:
         assert float((columns - b).abs().sum(-1).max()) <= 1.1 * whole.report.error + 1e-12
+
+
+@pytest.mark.parametrize("rho", [(INF, INF), (2.0, INF), (INF, 2.0), (1.0, 3.0)], ids=str)
+def test_the_factorised_step_solves_the_schur_complement(rho, generator):
+    x, y = clouds(25, 20, 2, generator)
+    a, b = weights(25, generator=generator), weights(20, generator=generator)
+    kernel, eps = DenseKernel(half_squares(x, y)), 0.2
+    state = State(kernel, a, b, rho, 0.05 * torch.randn(20, generator=generator).double(), Conditionals(kernel, 2**30))
+    state.eps = eps
+    state.settle()
+    rest = state.goal() - state.columns
+    rest = rest - rest.mean() if rho == (INF, INF) else rest
+    z = Newton(trust=1e9).solution(state, rest)
+    plan = torch.exp(state.log_a[:, None] + state.log_b + (state.f[:, None] + state.g - kernel.matrix) / eps)
+    lam = 1.0 if math.isinf(rho[0]) else rho[0] / (rho[0] + eps)
+    s = torch.diag(plan.sum(0)) - lam * plan.T @ (plan / plan.sum(1)[:, None])
+    if not math.isinf(rho[1]):
+        s = s + eps / rho[1] * torch.diag(state.goal())
+    assert z is not None
+    torch.testing.assert_close(s @ z, rest, rtol=1e-4, atol=1e-5 * float(rest.abs().max()))
+    short = Newton(trust=0.7 * float(z.abs().max())).solution(state, rest)
+    assert short is not None
+    assert float(short.abs().max()) <= 0.7 * float(z.abs().max())
+    assert float(short @ rest) > 0  # and the dual rises along it
+
+
+@pytest.mark.parametrize("eps", [1e-3, 1e-4])
+def test_a_measure_to_itself_at_small_eps(eps, generator):
+    """Groups of atoms that hardly share mass: conjugate gradients alone do not get there."""
+    x = torch.randn(300, 2, generator=generator).double()
+    bridge = sbot.solve_bridge(x, x, eps, solver=sbot.Sinkhorn(max_iter=3000))
+    assert bridge.report.converged
+    plan = bridge.plan()
+    torch.testing.assert_close(plan, plan.T, rtol=0, atol=bridge.report.tolerance)
+
+
+def test_an_atom_too_far_to_be_worth_any_mass(generator):
+    """Its goal is e^{-g / rho} with g in the hundreds, which is no number of float64."""
+    x = 0.3 * torch.randn(120, 2, generator=generator).double()
+    near = 0.3 * torch.randn(99, 2, generator=generator).double()
+    y = torch.cat([near, torch.tensor([[40.0, 40.0]], dtype=torch.float64)])
+    b = torch.full((100,), 0.01, dtype=torch.float64)
+    far = sbot.solve_bridge(x, (y, b), 0.1, relax=1.0)
+    alone = sbot.solve_bridge(x, (near, b[:99]), 0.1, relax=1.0)
+    assert far.report.converged
+    torch.testing.assert_close(far.plan()[:, :99], alone.plan(), rtol=1e-6, atol=1e-12)
+    assert float(far.plan()[:, 99].sum()) == 0
