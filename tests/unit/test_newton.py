@@ -280,9 +280,9 @@ def test_the_factorised_step_solves_the_schur_complement(rho, generator):
         s = s + eps / rho[1] * torch.diag(state.goal())
     assert z is not None
     torch.testing.assert_close(s @ z, rest, rtol=1e-4, atol=1e-5 * float(rest.abs().max()))
-    short = Newton(trust=0.7 * float(z.abs().max())).solution(state, rest)
+    short = Newton(trust=0.9 * float(z.abs().max())).solution(state, rest)
     assert short is not None
-    assert float(short.abs().max()) <= 0.7 * float(z.abs().max())
+    assert float(short.abs().max()) <= 0.9 * float(z.abs().max())
     assert float(short @ rest) > 0  # and the dual rises along it
 
 
