@@ -1,4 +1,4 @@
-"""Pairs from a plan: the permutation of least cost, and cells of a dense plan drawn at random."""
+"""Pairs from a plan: the permutation of least cost, and cells of a dense plan drawn in proportion to their mass."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arrays import as_count
 from .errors import InvalidProblem
 
 
@@ -83,45 +82,28 @@ def _augment(c: np.ndarray, u: np.ndarray, v: np.ndarray, owner: list[int], i: i
 
 
 @torch.no_grad()
-def draw(
-    plan: Tensor, n: int, *, replace: bool = True, generator: torch.Generator | None = None
-) -> tuple[Tensor, Tensor]:
-    """``n`` cells of a plan ``(*b, r, c)`` drawn in proportion to its entries: rows and columns, each ``(*b, n)``.
+def quantile(mass: Tensor, level: Tensor) -> Tensor:
+    """Of cells of this mass ``(*b, k)`` the first up to which more than the share ``level (*b, n)`` in [0, 1) lies, ``(*b, n)``.
 
-    Without replacement no cell comes twice: the cells of one draw are those of ``n`` draws one after the other, each from
-    what is left (exponential races).  Raises `InvalidProblem` for entries that are negative or not finite, for a plan
-    without mass, and where fewer than ``n`` cells have mass and none may come twice.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from sbot.pairing import draw
-    >>> rows, columns = draw(torch.eye(3), 3, replace=False)
-    >>> bool((rows == columns).all()), sorted(rows.tolist())
-    (True, [0, 1, 2])
+    At uniform levels this is a draw with replacement; cells without mass are never drawn.
     """
-    count = as_count(n, "n")
-    if plan.ndim < 2:
-        raise InvalidProblem(f"the plan has shape {tuple(plan.shape)}; give (n, m)")
-    mass = plan.flatten(-2).double()
-    if not bool((torch.isfinite(mass) & (mass >= 0)).all()):
-        raise InvalidProblem("the plan has entries that are negative or not finite; give a plan")
-    if not bool((mass > 0).any(-1).all()):
-        raise InvalidProblem("the plan has no mass to draw from; normalise it in the log domain")
-    shape = (*mass.shape[:-1], count) if replace else mass.shape
-    uniform = torch.rand(shape, dtype=torch.float64, device=mass.device, generator=generator)
-    if replace:
-        ladder = mass.cumsum(-1)
-        cell = torch.searchsorted(ladder, uniform * ladder[..., -1:], right=True)
-        # a product that rounds up to the total is in the last cell that has mass
-        last = torch.searchsorted(ladder, ladder[..., -1:])
-        cell = torch.minimum(cell, last)
-    else:
-        fewest = int((mass > 0).sum(-1).min())
-        if fewest < count:
-            raise InvalidProblem(f"the plan has {fewest} entries > 0; draw at most {fewest} without replacement")
-        # the first of independent exponential clocks with these rates to ring, the second, ...
-        clock = torch.log(-torch.log1p(-uniform.clamp_(min=1e-300))) - mass.log()
-        cell = clock.topk(count, -1, largest=False).indices
-    columns = plan.shape[-1]
-    return torch.div(cell, columns, rounding_mode="floor"), cell % columns
+    ladder = mass.double().cumsum(-1)
+    top = ladder[..., -1:]
+    cell = torch.searchsorted(ladder, level.double() * top, right=True)
+    # a product that rounds up to the total is in the last cell that has mass
+    return torch.minimum(cell, torch.searchsorted(ladder, top.contiguous()))
+
+
+@torch.no_grad()
+def distinct(mass: Tensor, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+    """``n`` cells of ``(*b, k)`` drawn one after the other, each from what is left, ``(*b, n)``: no cell comes twice.
+
+    Raises `InvalidProblem` where fewer than ``n`` cells have mass.
+    """
+    fewest = int((mass > 0).sum(-1).min())
+    if fewest < n:
+        raise InvalidProblem(f"the plan has {fewest} entries > 0; draw at most {fewest} without replacement")
+    uniform = torch.rand(mass.shape, dtype=torch.float64, device=mass.device, generator=generator).clamp_(min=1e-300)
+    # the first of independent exponential clocks with these rates to ring, the second, ...
+    clock = torch.log(-torch.log1p(-uniform)) - mass.double().log()
+    return clock.topk(n, -1, largest=False).indices

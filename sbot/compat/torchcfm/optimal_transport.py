@@ -10,14 +10,15 @@ import math
 import warnings
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...api import solve_bridge
-from ...arrays import HALF, as_number, as_tensor
+from ...arrays import HALF, as_count, as_number, as_tensor, require_finite
 from ...bridge import Bridge
 from ...errors import InvalidProblem, NotConverged, PrecisionWarning, Unsupported
-from ...pairing import draw, match
+from ...pairing import distinct, match, quantile
 from ...solvers import Sinkhorn
 
 METHODS = ("exact", "sinkhorn", "unbalanced", "partial")
@@ -111,12 +112,12 @@ class OTPlanSampler:
             x, y = x / size, y / size
         if x.dtype == torch.float32 and torch.finfo(x.dtype).eps * _reach(x, y) > 2 * eps * RESOLVED:
             x, y = x.double(), y.double()
-        solver = Sinkhorn(tol=1e-9 if x.dtype == torch.float64 else None)
+        solver = Sinkhorn(tol=1e-10 if x.dtype == torch.float64 else None)
         relax = rho if self.method == "unbalanced" else None
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PrecisionWarning)  # the tolerance is not the caller's
             if not self.warn:
                 warnings.simplefilter("ignore", NotConverged)
-                warnings.simplefilter("ignore", PrecisionWarning)
             bridge = solve_bridge(x, y, eps, relax=relax, solver=solver)
         plan = bridge.plan()
         mass = plan.sum((-2, -1))
@@ -142,7 +143,16 @@ class OTPlanSampler:
         self, pi: Any, batch_size: int, replace: bool = True, *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
         """Rows and columns of ``batch_size`` cells of the plan ``pi (n, m)``; without replacement no cell comes twice."""
-        return draw(as_tensor(pi, "pi"), batch_size, replace=replace, generator=generator)
+        plan = require_finite(as_tensor(pi, "pi"), "pi").detach()
+        count = as_count(batch_size, "batch_size")
+        if plan.ndim != 2 or bool((plan < 0).any()) or not bool((plan > 0).any()):
+            raise InvalidProblem("pi must be a plan (n, m) with entries >= 0 and some mass")
+        if replace:
+            cell = quantile(plan.flatten(), _levels(count, plan.device, generator))
+        else:
+            cell = distinct(plan.flatten(), count, generator=_seeded(plan.device, generator))
+        columns = plan.shape[1]
+        return torch.div(cell, columns, rounding_mode="floor"), cell % columns
 
     def sample_plan(
         self, x0: Tensor, x1: Tensor, replace: bool = True, *, generator: torch.Generator | None = None
@@ -197,9 +207,23 @@ class OTPlanSampler:
             law = plan[taken[-1]]
             if not bool((law.sum(-1) > 0).all()):
                 raise InvalidProblem("a point has no mass to send on; raise reg_m or bring the points nearer")
-            taken.append(torch.multinomial(law, 1, generator=generator)[:, 0])
+            taken.append(quantile(law, _levels(len(law), law.device, generator)[:, None])[:, 0])
         out = torch.stack([points[index, t] for t, index in enumerate(taken)], 1)
         return out.numpy() if out.device.type == "cpu" and out.dtype != torch.bfloat16 else out
+
+
+def _levels(n: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
+    """Uniform numbers; without a generator those that NumPy's global one, which TorchCFM draws pairs from, has next."""
+    if generator is not None:
+        return torch.rand(n, dtype=torch.float64, device=device, generator=generator)
+    return torch.from_numpy(np.random.random_sample(n)).to(device)  # noqa: NPY002
+
+
+def _seeded(device: torch.device, generator: torch.Generator | None) -> torch.Generator:
+    """The generator, or a new one with its seed from NumPy's global one: torch's stream of times and noise is left alone."""
+    if generator is not None:
+        return generator
+    return torch.Generator(device).manual_seed(int(np.random.randint(2**31)))  # noqa: NPY002
 
 
 def _half_cost(x: Tensor, y: Tensor) -> Tensor:
@@ -278,7 +302,7 @@ def wasserstein(
     cost = torch.cdist(sampler._points(x0), sampler._points(x1)).pow(power).double()
     if method == "sinkhorn":
         a, b = (cost.new_full((k,), 1 / k) for k in cost.shape)
-        value = float(solve_bridge(a, b, sampler.reg, cost=cost, solver=Sinkhorn(tol=1e-9)).linear_cost())
+        value = float(solve_bridge(a, b, sampler.reg, cost=cost, solver=Sinkhorn(tol=1e-10)).linear_cost())
     else:
         value = float((_exact(cost) * cost).sum())
     return math.sqrt(value) if power == 2 else value
