@@ -61,7 +61,9 @@ def log_sinkhorn_iterations(
         raise InvalidProblem(f"Z has shape {tuple(scores.shape)}; give (n, m) or (*b, n, m)")
     for part, size, name in ((left, scores.shape[-2], "log_mu"), (right, scores.shape[-1], "log_nu")):
         if part.ndim == 0 or part.shape[-1] != size or part.shape[:-1] not in (scores.shape[:-2], ()):
-            raise InvalidProblem(f"{name} has shape {tuple(part.shape)} for scores {tuple(scores.shape)}; give {size} a row")
+            raise InvalidProblem(
+                f"{name} has shape {tuple(part.shape)} for scores {tuple(scores.shape)}; give {size} a row"
+            )
     left, right = left.expand(scores.shape[:-1]), right.expand(*scores.shape[:-2], scores.shape[-1])
     if iters is None:
         out = _Converged.apply(scores, left, right, _tolerance(tol, scores.dtype))  # type: ignore[no-untyped-call]
@@ -199,7 +201,7 @@ def _newton(p: Tensor, a: Tensor, b: Tensor, residual: Tensor) -> Tensor:
 
 def _fixed_point(z: Tensor, log_mu: Tensor, log_nu: Tensor, tol: float) -> Tensor:
     """Half-steps, and every second time a Newton step in v, not too far; ends with rows exact."""
-    a, b = log_mu.exp(), log_nu.exp()
+    b = log_nu.exp()
     v = torch.zeros_like(log_nu)
     error = math.inf
     for k in range(LIMIT):

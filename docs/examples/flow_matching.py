@@ -33,7 +33,7 @@ def sample_moons(n: int) -> torch.Tensor:
 
 def main() -> None:
     torch.manual_seed(0)
-    np.random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
     sigma, batch_size = 0.1, 256
     model = torch.nn.Sequential(
         torch.nn.Linear(3, 64), torch.nn.SELU(), torch.nn.Linear(64, 64), torch.nn.SELU(), torch.nn.Linear(64, 2)
