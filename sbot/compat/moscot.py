@@ -103,7 +103,9 @@ def cost_matrix(data: Any) -> Tensor:
     """The cost of a tagged array, float64."""
     if data.is_cost_matrix:
         return as_tensor(data.data_src, "cost").double()
-    if not data.is_point_cloud or data.cost not in (None, "sq_euclidean") and type(data.cost).__name__ != "SqEuclidean":
+    if not data.is_point_cloud or (
+        data.cost not in (None, "sq_euclidean") and type(data.cost).__name__ != "SqEuclidean"
+    ):
         raise Unsupported("give points with cost='sq_euclidean', or a cost matrix; for others use backend='ott'")
     x = as_tensor(data.data_src, "x").double()
     y = x if data.data_tgt is None else as_tensor(data.data_tgt, "y").double()

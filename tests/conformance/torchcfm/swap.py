@@ -73,7 +73,9 @@ class Swap:
 
         class Pot:
             # in the log domain: the value that TorchCFM's test pins is 1e-31 for want of it
-            sinkhorn2 = staticmethod(lambda *a, **k: Near(pot.sinkhorn2(*a, **{**k, "method": "sinkhorn_log"})))
+            sinkhorn2 = staticmethod(
+                lambda *a, **k: Near(pot.sinkhorn2(*a, **{**k, "method": "sinkhorn_log", "numItermax": 20_000}))
+            )
 
             def __getattr__(self, name: str) -> Any:
                 return getattr(pot, name)
