@@ -63,12 +63,7 @@ def register(name: str = "sbot") -> None:
             return {"epsilon", "tau_a", "tau_b", "scale_cost"}, set()
 
         def _prepare(self, xy: Any = None, x: Any = None, y: Any = None, **asked: Any) -> dict[str, Any]:
-            if any(getattr(asked.get("time_scales_heat_kernel"), part, None) is not None for part in ("x", "y", "xy")):
-                raise Unsupported("graph distances are not there; use backend='ott'")
-            c = scaled(cost_matrix(xy), asked.get("scale_cost", 1.0))
-            a, b = (as_tensor(asked[side], side).to(c) for side in ("a", "b"))
-            epsilon = float(asked["epsilon"])
-            return {"cost": c, "mu": a, "nu": b, "eps": epsilon, "relax": relaxation(asked, epsilon)}
+            return problem(xy, asked)
 
         def _solve(self, data: dict[str, Any]) -> Any:
             bridge = solve_bridge(**data, solver=Sinkhorn(**self._options))
@@ -79,11 +74,21 @@ def register(name: str = "sbot") -> None:
     if name in get_available_backends():
         return
 
-    @register_solver(name)  # type: ignore[misc]
+    @register_solver(name)  # type: ignore[untyped-decorator]
     def _(problem_kind: str) -> type[SinkhornSolver]:
         if problem_kind != "linear":
             raise Unsupported(f"sbot solves no {problem_kind} problems; use backend='ott'")
         return SinkhornSolver
+
+
+def problem(xy: Any, asked: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `solve_bridge` for those of moscot."""
+    if any(getattr(asked.get("time_scales_heat_kernel"), part, None) is not None for part in ("x", "y", "xy")):
+        raise Unsupported("graph distances are not there; use backend='ott'")
+    c = scaled(cost_matrix(xy), asked.get("scale_cost", 1.0))
+    a, b = (as_tensor(asked[side], side).to(c) for side in ("a", "b"))
+    epsilon = float(asked["epsilon"])
+    return {"cost": c, "mu": a, "nu": b, "eps": epsilon, "relax": relaxation(asked, epsilon)}
 
 
 def check(options: dict[str, Any]) -> dict[str, Any]:
@@ -118,7 +123,7 @@ def scaled(cost: Tensor, scale: Any) -> Tensor:
     if isinstance(scale, str):
         if scale not in SCALES:
             raise Unsupported(f"scale_cost={scale!r} is not there; give a number or one of {', '.join(SCALES)}")
-        scale = {"mean": cost.mean, "median": cost.median, "max_cost": cost.max}[scale]()
+        scale = cost.mean() if scale == "mean" else cost.median() if scale == "median" else cost.max()
     return cost / scale
 
 

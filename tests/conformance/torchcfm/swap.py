@@ -71,11 +71,11 @@ class Swap:
         if self.mode == "torchcfm" or not isinstance(pot, ModuleType):
             return
 
+        log_domain = {"method": "sinkhorn_log", "numItermax": 20_000}
+
         class Pot:
             # in the log domain: the value that TorchCFM's test pins is 1e-31 for want of it
-            sinkhorn2 = staticmethod(
-                lambda *a, **k: Near(pot.sinkhorn2(*a, **{**k, "method": "sinkhorn_log", "numItermax": 20_000}))
-            )
+            sinkhorn2 = staticmethod(lambda *a, **k: Near(pot.sinkhorn2(*a, **{**k, **log_domain})))
 
             def __getattr__(self, name: str) -> Any:
                 return getattr(pot, name)
