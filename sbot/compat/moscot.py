@@ -68,7 +68,11 @@ def register(name: str = "sbot") -> None:
         def _solve(self, data: dict[str, Any]) -> Any:
             bridge = solve_bridge(**data, solver=Sinkhorn(**self._options))
             return MatrixSolverOutput(
-                bridge.plan().numpy(), cost=float(bridge.cost()), converged=bridge.report.converged, is_linear=True
+                bridge.plan().numpy(),
+                # of a relaxed problem moscot's value counts masses differently: better none than another one
+                cost=float(bridge.cost()) if data["relax"] is None else math.nan,
+                converged=bridge.report.converged,
+                is_linear=True,
             )
 
     if name in get_available_backends():
@@ -88,7 +92,11 @@ def problem(xy: Any, asked: dict[str, Any]) -> dict[str, Any]:
     c = scaled(cost_matrix(xy), asked.get("scale_cost", 1.0))
     a, b = (as_tensor(asked[side], side).to(c) for side in ("a", "b"))
     epsilon = float(asked["epsilon"])
-    return {"cost": c, "mu": a, "nu": b, "eps": epsilon, "relax": relaxation(asked, epsilon)}
+    relax = relaxation(asked, epsilon)
+    if relax is not None:
+        # the entropy there is relative to the counting measure, here to mu x nu: the mass of a relaxed plan depends on it
+        c = c + epsilon * (a[:, None].log() + b.log()).clamp(min=-1e4)
+    return {"cost": c, "mu": a, "nu": b, "eps": epsilon, "relax": relax}
 
 
 def check(options: dict[str, Any]) -> dict[str, Any]:
