@@ -5,6 +5,7 @@ from .bridge import Bridge, DualPotential, Potentials, Report
 from .costs import Cosine, Cost, Lp, MatrixCost, Quadratic
 from .diffusion import Diffusion
 from .distributed import together
+from .divergence import sinkhorn_divergence
 from .drift_bridge import DriftBridge
 from .errors import InvalidFile, InvalidProblem, NotConverged, NumericalError, PrecisionWarning, SbotError, Unsupported
 from .measures import Discrete, Gaussian, Measure, Mixture, Sampler, as_measure
@@ -72,6 +73,7 @@ __all__ = [
     "as_measure",
     "choose_solver",
     "load",
+    "sinkhorn_divergence",
     "solve_bridge",
     "together",
 ]
