@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,9 @@ from ..api import solve_bridge
 from ..arrays import as_number
 from ..bridge import Bridge
 from ..errors import InvalidProblem, Unsupported
-from ..measures import Discrete
+from ..linalg import full_precision
 from ..potential_bridge import PotentialBridge
+from ..potentials import Atoms
 from ..reference import LinearReference, as_reference
 from ..solvers import Sinkhorn
 
@@ -26,15 +26,14 @@ try:
         TransformerMixin,
         clone,
     )
-    from sklearn.linear_model import LogisticRegression
     from sklearn.utils import check_random_state
     from sklearn.utils.multiclass import check_classification_targets
-    from sklearn.utils.validation import _check_sample_weight, check_array, check_is_fitted, validate_data
+    from sklearn.utils.validation import _check_sample_weight, check_array, check_is_fitted, column_or_1d, validate_data
 except ImportError as missing:
     raise ImportError("sbot.compat.sklearn needs scikit-learn >= 1.6: pip install 'scikit-learn>=1.6'") from missing
 
-#: eps="auto" in units of the standard deviation of the cost; atoms of a side it is measured on at most.
-RELATIVE, MEASURED = 0.05, 2048
+#: eps="auto" in units of the standard deviation of the cost; what counts as none; atoms of a side it is measured on at most.
+SHARE, FLAT, MEASURED = 0.05, 1e-7, 2048
 #: Points that stand for the standard normal law.
 NORMAL = 512
 
@@ -64,9 +63,10 @@ class _Transporting(BaseEstimator):  # type: ignore[misc]
         return target
 
     def _fit_bridge(self, X: np.ndarray, weights: np.ndarray | None, target: np.ndarray) -> None:
-        mu = _tensor(X) if weights is None else (_tensor(X), _tensor(weights / weights.sum()))
-        nu = _tensor(target)
-        eps = _epsilon(mu, nu, self.cost) if isinstance(self.eps, str) and self.eps == "auto" else self.eps
+        x, nu = _tensor(X), _tensor(target)
+        a = None if weights is None else _tensor(weights / weights.sum())
+        eps = _epsilon(x, nu, a, self.cost) if isinstance(self.eps, str) and self.eps == "auto" else self.eps
+        mu = x if a is None else (x, a)
         solver = Sinkhorn(tol=self.tol, max_iter=self.max_iter)
         self.bridge_: Bridge = solve_bridge(mu, nu, eps, cost=self.cost, relax=self.relax, solver=solver)
         self.eps_ = self.bridge_.problem.eps
@@ -172,15 +172,15 @@ class BridgeTransport(OneToOneFeatureMixin, TransformerMixin, _Transporting):  #
 
     def transform(self, X: Any) -> Any:
         """``E[X_1 | X_0 = x]`` of each row."""
-        return _array(self.bridge_of(X).transport(_tensor(self._points(X))))
+        return _array(self._bridge().transport(_tensor(self._points(X))))
 
     def inverse_transform(self, X: Any) -> Any:
         """``E[X_0 | X_1 = y]`` of each row: the map of the bridge run backwards, not the inverse of a function."""
-        return _array(_behind(self.bridge_of(X), _tensor(self._points(X)))[0])
+        return _array(_behind(self._bridge(), _tensor(self._points(X))))
 
     def interpolate(self, X: Any, t: float) -> Any:
         """``E[X_t | X_0 = x]``, between the rows at t = 0 and `transform` of them at t = 1."""
-        bridge = self.bridge_of(X)
+        bridge = self._bridge()
         points, time = _tensor(self._points(X)), _time(t)
         if time == 0:
             return _array(points)
@@ -192,7 +192,7 @@ class BridgeTransport(OneToOneFeatureMixin, TransformerMixin, _Transporting):  #
 
     def sample(self, X: Any, t: float = 1.0, *, random_state: Any = None) -> Any:
         """A draw of ``X_t`` given ``X_0 = x`` for each row: the noise that the mean of `transform` averages out."""
-        bridge = self.bridge_of(X)
+        bridge = self._bridge()
         points, time = _tensor(self._points(X)), _time(t)
         seed = int(check_random_state(random_state).randint(2**31 - 1))
         generator = torch.Generator().manual_seed(seed)
@@ -207,12 +207,11 @@ class BridgeTransport(OneToOneFeatureMixin, TransformerMixin, _Transporting):  #
     def transform_labels(self, y: Any) -> np.ndarray:
         """The share of each class among what arrives at each atom of the target, ``(m, n_classes)``, from labels of the source."""
         check_is_fitted(self, "bridge_")
-        classes, hot = _one_hot(y, self.bridge_)
-        mass = self.bridge_.apply(hot, transpose=True)
+        labels = column_or_1d(y)
+        mass = self.bridge_.apply(_codes(labels, np.float64)[1], transpose=True)
         return (mass / mass.sum(-1, keepdim=True)).numpy()
 
-    def bridge_of(self, X: Any) -> PotentialBridge:
-        """`bridge_`, where there is one: NotFittedError before `fit`."""
+    def _bridge(self) -> PotentialBridge:
         check_is_fitted(self, "bridge_")
         assert isinstance(self.bridge_, PotentialBridge)
         return self.bridge_
@@ -286,11 +285,9 @@ class BridgeClassifier(ClassifierMixin, _Transporting):  # type: ignore[misc]
         X, y = validate_data(self, X, y, dtype=[np.float64, np.float32])
         check_classification_targets(y)
         source, target = self._target(X, sample_domain)
-        self.classes_, code = np.unique(y[source], return_inverse=True)
+        self.classes_, self._codes = _codes(y[source], X.dtype)
         self._fit_bridge(X[source], None, target)
-        if self.estimator is None:
-            self._codes = torch.from_numpy(np.eye(len(self.classes_), dtype=X.dtype)[code])
-        else:
+        if self.estimator is not None:
             moved = _array(self.bridge_.transport())
             self.estimator_ = clone(self.estimator).fit(moved, y[source])
         return self
@@ -300,8 +297,8 @@ class BridgeClassifier(ClassifierMixin, _Transporting):  # type: ignore[misc]
         points = self._points(X)
         if self.estimator is not None:
             return self.estimator_.predict_proba(points)
-        weights = _behind(self.bridge_, _tensor(points), self._codes)[1]
-        return (weights / weights.sum(-1, keepdim=True)).numpy()
+        shares = _behind(self.bridge_, _tensor(points), self._codes)
+        return _array(shares / shares.sum(-1, keepdim=True))
 
     def predict(self, X: Any) -> np.ndarray:
         """The most probable class of each row, a point of the target."""
@@ -312,3 +309,72 @@ class BridgeClassifier(ClassifierMixin, _Transporting):  # type: ignore[misc]
 
     def _fixed_target(self, X: np.ndarray) -> np.ndarray:
         return X if self.target is None else super()._fixed_target(X)
+
+
+# ---- arrays and parts of a bridge ----------------------------------------------------------------------------------
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.array(array, order="C"))
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().numpy()
+
+
+def _is_default(target: Any) -> bool:
+    return target is None or (isinstance(target, str) and target == "normal")
+
+
+def _time(t: Any) -> float:
+    time = as_number(t, "t")
+    if not 0 <= time <= 1:
+        raise InvalidProblem(f"t is {time}; times lie in [0, 1]")
+    return time
+
+
+def _process(bridge: Bridge) -> LinearReference:
+    reference = bridge.problem.reference
+    if not isinstance(reference, LinearReference):
+        raise Unsupported("a cost knows only the two ends; leave cost=None for points in between")
+    return reference
+
+
+def _behind(bridge: Bridge, y: Tensor, values: Tensor | None = None) -> Tensor:
+    """``E[X_0 | X_1 = y]``, or of ``values`` ``(n, k)`` that the atoms of mu carry."""
+    assert isinstance(bridge, PotentialBridge) and isinstance(bridge.phi, Atoms)
+    phi = bridge.phi if values is None else Atoms(bridge.phi.points, bridge.phi.log_weights, values)
+    problem = bridge.problem
+    with full_precision():
+        return problem.reference.push_forward(phi, 1.0, y.to(problem.dtype), problem.eps)[0].mean
+
+
+def _codes(y: np.ndarray, dtype: Any) -> tuple[np.ndarray, Tensor]:
+    """The labels, and which row has which."""
+    classes, code = np.unique(y, return_inverse=True)
+    return classes, torch.from_numpy(np.eye(len(classes), dtype=dtype)[code])
+
+
+def _normal(d: int) -> np.ndarray:
+    """Points that fill the standard normal law evenly: Sobol's, through the quantile function."""
+    even = torch.quasirandom.SobolEngine(d, scramble=True, seed=0).draw(NORMAL, dtype=torch.float64)
+    edge = 0.5 / NORMAL
+    points: np.ndarray = torch.special.ndtri(even.clamp(edge, 1 - edge)).numpy()
+    return points
+
+
+def _epsilon(x: Tensor, y: Tensor, weights: Tensor | None, cost: Any) -> float:
+    """A twentieth of the standard deviation of the cost, or of its mean where it does not vary."""
+    a = torch.ones(len(x), dtype=torch.float64) if weights is None else weights.double()
+    (x, a), y = _few(x, a), _few(y, y)[0]
+    c = as_reference(None, cost).cost().matrix(x, y).double()
+    share = (a / a.sum())[:, None] / len(y)
+    mean = (share * c).sum()
+    deviation = float((share * (c - mean).square()).sum().sqrt())
+    scale = deviation if deviation > FLAT * abs(float(mean)) else abs(float(mean))
+    return SHARE * scale if scale > 0 else 1.0
+
+
+def _few(x: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    step = -(-len(x) // MEASURED)
+    return x[::step], a[::step]

@@ -49,7 +49,7 @@ class SamplesLoss(torch.nn.Module):
     cost : None, a function ``(B, N, D), (B, M, D) -> (B, N, M)``, or GeomLoss's own two KeOps formulas.
     kernel : for the forwarded losses only.
     debias, potentials : as above; debiased potentials are ``f_ba - f_aa`` and ``g_ab - g_bb``.
-    verbose : print the report of each solve.
+    verbose : show progress bars.
     backend : "auto", "tensorized", "online" (memory O(N + M)) or "multiscale" (as "auto").
     solver : a `Sinkhorn` with tolerance and limits; not in GeomLoss.
 
@@ -111,10 +111,8 @@ class SamplesLoss(torch.nn.Module):
             )
         a, b = (w.squeeze(-1) if w.ndim == 2 + batched else w for w in (a, b))
         transport = self._solve(a, x, b, y)
-        if self.verbose:
-            print(*(bridge.report for bridge in transport.bridges), sep="\n")
         if self.potentials:
-            f, g = transport.debiased_potentials()
+            f, g = transport.shown_potentials()
             return f.to(x.dtype), g.to(x.dtype)
         return transport.value().to(x.dtype)
 
@@ -124,7 +122,7 @@ class SamplesLoss(torch.nn.Module):
         solver = self.solver or Sinkhorn(**({"memory": 0} if self.backend == "online" else {}))
         costs = self._cost(x, y), self._cost(x, x), self._cost(y, y)
         x, y, a, b = (part.float() if part.dtype in HALF else part for part in (x, y, a, b))
-        return Transport((x, a), (y, b), costs, eps, (rho, rho), self.debias, solver)
+        return Transport((x, a), (y, b), costs, eps, (rho, rho), self.debias, solver, True if self.verbose else None)
 
     def _cost(self, x: Tensor, y: Tensor) -> Any:
         """The cost between two clouds as the core takes it; None for its own."""

@@ -342,25 +342,28 @@ class OTResult:
     """The solution of a problem, with GeomLoss's attributes, each computed when it is asked for.
 
     Arrays are in the library, dtype and device of the input.  Those that GeomLoss leaves None where KeOps is missing,
-    ``lazy_plan`` and ``lazy_density``, are the operators.
-
-    Attributes
-    ----------
-    bridge : the `Bridge` of the problem, in the core's units.
-    report : what the solver did, and how far it got; `converged` for short.
+    ``lazy_plan`` and ``lazy_density``, are the operators.  The problem is solved when something of it is asked for.
     """
 
     citation = CITATION
 
     def __init__(self, transport: Transport, library: _Library, unit: float) -> None:
         self._transport, self._library, self._unit = transport, library, unit
-        self.bridge: Bridge = transport.xy
-        self.report: Report = self.bridge.report
+
+    @property
+    def bridge(self) -> Bridge:
+        """The `Bridge` of the problem, in the core's units."""
+        return self._transport.xy
+
+    @property
+    def report(self) -> Report:
+        """What the solver did, and how far it got; `converged` for short."""
+        return self.bridge.report
 
     @property
     def converged(self) -> bool:
-        """Whether every solve reached its tolerance."""
-        return all(bridge.report.converged for bridge in self._transport.bridges)
+        """Whether the tolerance was reached."""
+        return self.report.converged
 
     # ---- potentials ------------------------------------------------------------------------------------------------
 
@@ -466,7 +469,7 @@ class OTResult:
         return self._library.back(self._unit * tensor)
 
     def _own(self, side: int) -> Any:
-        if self._transport.own is None:
+        if not self._transport.debias:
             raise InvalidProblem("there is no potential of a measure to itself; solve with debias=True")
         return self._cast(self._transport.potentials(self._transport.own[side])[0])
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from functools import cached_property
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from ...api import solve_bridge
-from ...bridge import Bridge, Potentials
+from ...bridge import Bridge
 from ...costs import MatrixCost
+from ...divergence import sinkhorn_divergence
 from ...errors import PrecisionWarning
 from ...measures import Discrete
 from ...problem import INF
@@ -19,67 +21,70 @@ from ...solvers import Sinkhorn
 #: Relative difference of two masses that GeomLoss takes for equal; and what single precision explains.
 SLACK, ROUNDING = 2e-3, 1e-5
 
+Cloud = tuple[Tensor | None, Tensor]
+
 
 @final
 class Transport:
-    r"""The bridges behind a value: from alpha to beta and, where it is debiased, from each to itself.
-
-    .. math:: S = OT(\alpha, \beta) - \tfrac12 OT(\alpha, \alpha) - \tfrac12 OT(\beta, \beta)
-        + \tfrac{\varepsilon}{2} (m_\alpha - m_\beta)^2
+    """What a call asks for, each part solved when it is wanted: from alpha to beta, and of each to itself.
 
     ``alpha`` and ``beta`` are (points or None, weights); ``costs`` the cost from alpha to beta, and of each to itself.
     """
 
     def __init__(
         self,
-        alpha: tuple[Tensor | None, Tensor],
-        beta: tuple[Tensor | None, Tensor],
+        alpha: Cloud,
+        beta: Cloud,
         costs: tuple[Any, Any, Any],
         eps: float,
         relax: tuple[float, float],
         debias: bool,
         solver: Sinkhorn,
+        progress: Any = None,
     ) -> None:
-        self.relax = relax
-        if relax == (INF, INF):
+        self.eps, self.relax, self.debias, self.costs = eps, relax, debias, costs
+        self.hard = relax == (INF, INF)
+        if self.hard:
             beta = beta[0], _levelled(alpha[1], beta[1])
-
-        def bridge(mu: tuple[Tensor | None, Tensor], nu: tuple[Tensor | None, Tensor], cost: Any) -> Bridge:
-            return solve_bridge(Discrete(*mu), Discrete(*nu), eps, cost=cost, relax=relax, solver=solver)
-
-        self.xy = bridge(alpha, beta, costs[0])
-        self.own = (bridge(alpha, alpha, costs[1]), bridge(beta, beta, costs[2])) if debias else None
+        self.ends = Discrete(*alpha), Discrete(*beta)
+        self._options: dict[str, Any] = {"relax": relax, "solver": solver, "progress": progress}
         self._moving: dict[int, Bridge] = {}
 
-    @property
-    def bridges(self) -> tuple[Bridge, ...]:
-        """All that were solved."""
-        return self.xy, *(self.own or ())
+    @cached_property
+    def xy(self) -> Bridge:
+        """From alpha to beta."""
+        return solve_bridge(*self.ends, self.eps, cost=self.costs[0], **self._options)
+
+    @cached_property
+    def own(self) -> tuple[Bridge, Bridge]:
+        """From each to itself."""
+        first, second = (
+            solve_bridge(end, end, self.eps, cost=cost, **self._options)
+            for end, cost in zip(self.ends, self.costs[1:], strict=True)
+        )
+        return first, second
 
     def value(self) -> Tensor:
         """The cost or the divergence, ``(*b,)``, with its gradient in points, weights and costs."""
+        if self.debias:
+            cost = self.costs if isinstance(self.costs[0], Tensor) else self.costs[0]
+            return sinkhorn_divergence(*self.ends, self.eps, cost=cost, **self._options)
         total = self.xy.cost()
-        a, b = _weights(self.xy)
-        eps = self.xy.problem.eps
-        mass_a, mass_b = a.sum(-1), b.sum(-1)
-        if self.own is not None:
-            total = total - (self.own[0].cost() + self.own[1].cost()) / 2
-            return total if self.relax == (INF, INF) else total + eps / 2 * (mass_a - mass_b).square()
-        if self.relax == (INF, INF):
+        if self.hard:
             # the relative entropy of GeomLoss has no mass terms here: the dual is <a, f> + <b, g>, its slopes f and g
-            mass = (mass_a + mass_b).detach() / 2
-            total = total - eps * (mass_a * mass_b - mass_a - mass_b + mass)
+            a, b = (end.weights.sum(-1).to(total.dtype) for end in self.ends)
+            total = total - self.eps * (a * b - a - b + (a + b).detach() / 2)
         return total
 
     def potentials(self, bridge: Bridge) -> tuple[Tensor, Tensor]:
         """``f`` and ``g`` at the atoms; they follow the data where something wants a gradient."""
-        f, g = self._followed(bridge)
+        f, g = self.moving(bridge).potentials()
         return f.values, g.values
 
-    def debiased_potentials(self) -> tuple[Tensor, Tensor]:
-        """``f_ba - f_aa`` and ``g_ab - g_bb``; or the potentials themselves where nothing is debiased."""
+    def shown_potentials(self) -> tuple[Tensor, Tensor]:
+        """``f_ba - f_aa`` and ``g_ab - g_bb`` where the value is debiased, else ``f`` and ``g``."""
         f, g = self.potentials(self.xy)
-        if self.own is None:
+        if not self.debias:
             return f, g
         return f - self.potentials(self.own[0])[0], g - self.potentials(self.own[1])[1]
 
@@ -91,20 +96,11 @@ class Transport:
             self._moving[id(bridge)] = bridge.differentiable()
         return self._moving[id(bridge)]
 
-    def _followed(self, bridge: Bridge) -> Potentials:
-        return self.moving(bridge).potentials()
-
-
-def _weights(bridge: Bridge) -> tuple[Tensor, Tensor]:
-    mu, nu = bridge.problem.mu, bridge.problem.nu
-    assert isinstance(mu, Discrete) and isinstance(nu, Discrete)
-    return mu.weights, nu.weights
-
 
 def _wants_gradient(bridge: Bridge) -> bool:
-    parts: list[Tensor | None] = [*_weights(bridge), *bridge.problem.values]
-    if isinstance(bridge.problem.cost, MatrixCost):
-        parts.append(bridge.problem.cost.values)
+    problem = bridge.problem
+    parts = [problem.cost.values] if isinstance(problem.cost, MatrixCost) else [*problem.values]
+    parts += [end.weights for end in (problem.mu, problem.nu) if isinstance(end, Discrete)]
     return any(part is not None and part.requires_grad for part in parts)
 
 
