@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, final
 
@@ -20,6 +23,8 @@ from ...solvers import Sinkhorn
 
 #: Relative difference of two masses that GeomLoss takes for equal; and what single precision explains.
 SLACK, ROUNDING = 2e-3, 1e-5
+#: The tolerance is this power of the machine epsilon.
+FINE = 0.75
 
 Cloud = tuple[Tensor | None, Tensor]
 
@@ -47,28 +52,40 @@ class Transport:
         if self.hard:
             beta = beta[0], _levelled(alpha[1], beta[1])
         self.ends = Discrete(*alpha), Discrete(*beta)
-        self._options: dict[str, Any] = {"relax": relax, "solver": solver, "progress": progress}
+        self._options: dict[str, Any] = {"relax": relax, "solver": _fine(solver, alpha[1].dtype), "progress": progress}
+        self._own_tol = solver.tol is None
         self._moving: dict[int, Bridge] = {}
 
     @cached_property
     def xy(self) -> Bridge:
         """From alpha to beta."""
-        return solve_bridge(*self.ends, self.eps, cost=self.costs[0], **self._options)
+        return self._solved(*self.ends, self.costs[0])
 
     @cached_property
     def own(self) -> tuple[Bridge, Bridge]:
         """From each to itself."""
-        first, second = (
-            solve_bridge(end, end, self.eps, cost=cost, **self._options)
-            for end, cost in zip(self.ends, self.costs[1:], strict=True)
+        return self._solved(self.ends[0], self.ends[0], self.costs[1]), self._solved(
+            self.ends[1], self.ends[1], self.costs[2]
         )
-        return first, second
+
+    def _solved(self, mu: Discrete, nu: Discrete, cost: Any) -> Bridge:
+        with self._quiet():
+            return solve_bridge(mu, nu, self.eps, cost=cost, **self._options)
+
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """A tolerance that nobody asked for is raised to what the dtype can reach without a warning."""
+        with warnings.catch_warnings():
+            if self._own_tol:
+                warnings.simplefilter("ignore", PrecisionWarning)
+            yield
 
     def value(self) -> Tensor:
         """The cost or the divergence, ``(*b,)``, with its gradient in points, weights and costs."""
         if self.debias:
             cost = self.costs if isinstance(self.costs[0], Tensor) else self.costs[0]
-            return sinkhorn_divergence(*self.ends, self.eps, cost=cost, **self._options)
+            with self._quiet():
+                return sinkhorn_divergence(*self.ends, self.eps, cost=cost, **self._options)
         total = self.xy.cost()
         if self.hard:
             # the relative entropy of GeomLoss has no mass terms here: the dual is <a, f> + <b, g>, its slopes f and g
@@ -95,6 +112,13 @@ class Transport:
         if id(bridge) not in self._moving:
             self._moving[id(bridge)] = bridge.differentiable()
         return self._moving[id(bridge)]
+
+
+def _fine(solver: Sinkhorn, dtype: torch.dtype) -> Sinkhorn:
+    """With a tolerance of its own where none was given: potentials are results here, and want more than values do."""
+    if solver.tol is not None:
+        return solver
+    return replace(solver, tol=torch.finfo(dtype).eps ** FINE)
 
 
 def _wants_gradient(bridge: Bridge) -> bool:
