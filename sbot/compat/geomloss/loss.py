@@ -120,7 +120,8 @@ class SamplesLoss(torch.nn.Module):
         eps = float(self.blur) ** self.p
         rho = INF if self.reach is None else float(self.reach) ** self.p
         solver = self.solver or Sinkhorn(**({"memory": 0} if self.backend == "online" else {}))
-        costs = self._cost(x, y), self._cost(x, x), self._cost(y, y)
+        own = (self._cost(x, x), self._cost(y, y)) if self.debias else (None, None)
+        costs = self._cost(x, y), *(_even(cost) if isinstance(cost, Tensor) else cost for cost in own)
         x, y, a, b = (part.float() if part.dtype in HALF else part for part in (x, y, a, b))
         return Transport((x, a), (y, b), costs, eps, (rho, rho), self.debias, solver, True if self.verbose else None)
 
@@ -192,6 +193,13 @@ def _as_batch(cost: Any, x: Tensor, y: Tensor) -> Tensor:
         got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise InvalidProblem(f"the cost function returned {got}; return a tensor of shape {want}")
     return values if x.ndim == 3 else values[0]
+
+
+def _even(cost: Tensor) -> Tensor:
+    """What rounding left of the symmetry of a cost within a cloud, mended; a cost without it is for the core to refuse."""
+    even = (cost + cost.mT) / 2
+    off = (cost - even).detach().abs().amax()
+    return even if bool(off <= math.sqrt(torch.finfo(cost.dtype).eps) * even.detach().abs().amax()) else cost
 
 
 def _unpacked(args: tuple[Any, ...]) -> tuple[tuple[Any, Any], Measures]:

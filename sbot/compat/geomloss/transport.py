@@ -25,6 +25,8 @@ from ...solvers import Sinkhorn
 SLACK, ROUNDING = 2e-3, 1e-5
 #: The tolerance is this power of the machine epsilon.
 FINE = 0.75
+#: Pairs up to which single precision is solved in double: its potentials are then known at any eps, at no cost.
+SMALL = 2**16
 
 Cloud = tuple[Tensor | None, Tensor]
 
@@ -47,6 +49,9 @@ class Transport:
         solver: Sinkhorn,
         progress: Any = None,
     ) -> None:
+        if _is_small(alpha[1], beta[1]) and not callable(costs[0]):
+            alpha, beta = (_wide(alpha[0]), alpha[1].double()), (_wide(beta[0]), beta[1].double())
+            costs = _wide(costs[0]), _wide(costs[1]), _wide(costs[2])
         self.eps, self.relax, self.debias, self.costs = eps, relax, debias, costs
         self.hard = relax == (INF, INF)
         if self.hard:
@@ -112,6 +117,14 @@ class Transport:
         if id(bridge) not in self._moving:
             self._moving[id(bridge)] = bridge.differentiable()
         return self._moving[id(bridge)]
+
+
+def _is_small(a: Tensor, b: Tensor) -> bool:
+    return a.numel() * b.shape[-1] <= SMALL and a.device.type in ("cpu", "cuda")
+
+
+def _wide(part: Any) -> Any:
+    return part.double() if isinstance(part, Tensor) else part
 
 
 def _fine(solver: Sinkhorn, dtype: torch.dtype) -> Sinkhorn:
