@@ -342,23 +342,20 @@ class OTResult:
     """The solution of a problem, with GeomLoss's attributes, each computed when it is asked for.
 
     Arrays are in the library, dtype and device of the input.  Those that GeomLoss leaves None where KeOps is missing,
-    ``lazy_plan`` and ``lazy_density``, are the operators.  The problem is solved when something of it is asked for.
+    ``lazy_plan`` and ``lazy_density``, are the operators.
+
+    Attributes
+    ----------
+    bridge : the `Bridge` of the problem, in the core's units.
+    report : what the solver did, and how far it got; `converged` for short.
     """
 
     citation = CITATION
 
     def __init__(self, transport: Transport, library: _Library, unit: float) -> None:
         self._transport, self._library, self._unit = transport, library, unit
-
-    @property
-    def bridge(self) -> Bridge:
-        """The `Bridge` of the problem, in the core's units."""
-        return self._transport.xy
-
-    @property
-    def report(self) -> Report:
-        """What the solver did, and how far it got; `converged` for short."""
-        return self.bridge.report
+        self.bridge: Bridge = transport.xy
+        self.report: Report = self.bridge.report
 
     @property
     def converged(self) -> bool:
