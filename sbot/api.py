@@ -24,7 +24,7 @@ SOLVERS: tuple[Solver, ...] = (*AUTO, DSBM(), LightSB(), PlugIn())
 def solve_bridge(
     mu: Any,
     nu: Any,
-    eps: float,
+    eps: float | str,
     *,
     reference: Reference | None = None,
     cost: Any = None,
@@ -44,7 +44,8 @@ def solve_bridge(
     ----------
     mu, nu : points ``(*b, n, d)`` and ``(*b, m, d)`` as tensors or arrays, ``(points, weights)``, any `Measure`, a
         distribution of torch, or, with a cost matrix, the weights ``(n,)`` and ``(m,)`` of two histograms.
-    eps : variance of the reference path over [0, 1], in the units of the cost; > 0.
+    eps : variance of the reference path over [0, 1], in the units of the cost; > 0.  "auto" takes a twentieth of the standard
+        deviation of the cost under mu x nu: ``bridge.problem.eps`` is the number, and a note in the report says it.
     reference : `Brownian` (the default), `OrnsteinUhlenbeck`, `LinearSDE`, or `Static`.
     cost : a `Cost`, a function ``(x, y) -> (n, m)`` or a matrix; short for ``reference=Static(cost)``.
     relax : ``(rho_mu, rho_nu)`` or one number: the marginals are then only encouraged, by ``rho KL``; infinite is hard.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -135,6 +136,14 @@ def as_index(obj: Any, n: int, name: str, device: torch.device) -> Tensor:
     if len(index) and (int(index.min()) < -n or int(index.max()) >= n):
         raise InvalidProblem(f"{name} go from {int(index.min())} to {int(index.max())} and there are {n}")
     return index % n
+
+
+def once(tensor: Tensor, change: Callable[[Tensor], Tensor], keep: int) -> Tensor:
+    """``change(tensor)``; leading dimensions, before the last ``keep``, that show one block many times stay views of one."""
+    base = tensor
+    while base.ndim > keep and base.stride(0) == 0 and not base.requires_grad:
+        base = base[0]
+    return change(base).expand(tensor.shape)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

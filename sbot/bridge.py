@@ -6,10 +6,10 @@ import functools
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, TypeVar, final
+from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, SupportsIndex, TypeVar, final
 
 import torch
 from torch import Tensor
@@ -47,6 +47,7 @@ class Report:
         cannot resolve eps), or "exact".
     iterations : number of iterations (for Sinkhorn, pairs of half-steps).
     error : relative L1 error of both marginals, summed; the worst problem of a batch.
+    errors : that of each problem of a batch, in row-major order; empty for one problem.
     tolerance : what was aimed at; never below what the dtype can reach.
     history : ``(iteration, eps, error)`` at each check.
     seconds : wall time.
@@ -62,6 +63,7 @@ class Report:
     history: tuple[tuple[int, float, float], ...] = ()
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
+    errors: tuple[float, ...] = ()
 
     def __str__(self) -> str:
         state = "converged" if self.converged else "NOT converged"
@@ -200,6 +202,50 @@ class Bridge(ABC):
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What `save` writes: plain data and tensors."""
 
+    # ---- batches ---------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        """Number of problems along the first batch dimension; raises `InvalidProblem` for a bridge of one problem."""
+        return self._batch()[0]
+
+    def __bool__(self) -> bool:
+        return True  # a bridge without batch dimensions has no length
+
+    def __getitem__(self, index: Any) -> Bridge:
+        """The bridge of one problem of a batch, without padding, as if it had been solved alone.
+
+        ``index`` is an integer, or a tuple for several batch dimensions; fewer than there are give the bridge of a smaller
+        batch.  Raises `IndexError` beyond the batch, `InvalidProblem` for anything else and for a bridge of one problem.
+        """
+        batch = self._batch()
+        given = index if isinstance(index, tuple) else (index,)
+        if not 1 <= len(given) <= len(batch):
+            raise InvalidProblem(
+                f"the index {index!r} has {len(given)} parts; give 1 to {len(batch)} for the batch {batch}"
+            )
+        place = []
+        for part, size in zip(given, batch, strict=False):
+            if isinstance(part, bool) or not isinstance(part, SupportsIndex):
+                raise InvalidProblem(
+                    f"the index is {index!r}; give an integer, or a tuple of integers, for the batch {batch}"
+                )
+            k = part.__index__()
+            if not -size <= k < size:
+                raise IndexError(f"there is no problem {index!r} in a batch {batch}")
+            place.append(k % size)
+        return self._pick(tuple(place))
+
+    def __iter__(self) -> Iterator[Bridge]:
+        return (self[k] for k in range(len(self)))
+
+    def _batch(self) -> tuple[int, ...]:
+        if not self.problem.batch_shape:
+            raise InvalidProblem("the bridge is of one problem, not of a batch; use it as it is")
+        return self.problem.batch_shape
+
+    def _pick(self, index: tuple[int, ...]) -> Bridge:
+        raise Unsupported(f"a {type(self).__name__} has no parts; solve the problems one by one")
+
     # ---- what exists between atoms only ----------------------------------------------------------------------------
 
     def round(self) -> FeasiblePlan:
@@ -216,6 +262,10 @@ class Bridge(ABC):
 
     def assignment(self) -> Tensor:
         """An atom of nu for each atom of mu, ``(n,)``."""
+        raise Unsupported(ATOMS_ONLY)
+
+    def perplexity(self) -> Tensor:
+        """How many atoms of nu each atom of mu is spread over, ``(*b, n)``."""
         raise Unsupported(ATOMS_ONLY)
 
     def apply(self, v: Any, *, transpose: bool = False) -> Tensor:

@@ -117,6 +117,20 @@ def _reference(ctx: click.Context, param: click.Parameter, text: str | None) -> 
     return make(*numbers)
 
 
+class _Eps(click.ParamType[float | str]):
+    """A number, or ``auto``."""
+
+    name = "number or auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
+        if value == "auto":
+            return "auto"
+        try:
+            return float(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a number, nor 'auto'", param, ctx)
+
+
 def _measure(path: Path, dtype: torch.dtype | None, histogram: bool, gaussian: bool) -> Measure:
     points, weights = read_points(path)
     points = points.to(dtype or points.dtype)
@@ -197,7 +211,9 @@ def commands() -> None:
 @commands.command()
 @click.argument("source", type=_INPUT)
 @click.argument("target", type=_INPUT)
-@click.option("--eps", type=float, required=True, help="Variance of the reference path, in the units of the cost.")
+@click.option(
+    "--eps", type=_Eps(), required=True, help="Variance of the reference path, in the units of the cost; or auto."
+)
 @click.option("--out", type=_OUTPUT, required=True, help="The bridge, a .safetensors file.")
 @click.option("--reference", callback=_reference, help="brownian (the default), ou:RATE, vp or ve.")
 @click.option("--cost", type=click.Choice(list(COSTS)), help="A cost instead of a reference: no paths then.")
@@ -243,7 +259,7 @@ _PROBLEM = ("eps", "reference", "cost", "cost_matrix", "relax", "dtype", "gaussi
 def _problem(
     source: Path,
     target: Path,
-    eps: float,
+    eps: float | str,
     reference: Reference | None,
     cost: str | None,
     cost_matrix: Path | None,

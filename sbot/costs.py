@@ -189,6 +189,11 @@ class MatrixCost(Cost):
 
     Its "points" are the numbers of the atoms: `matrix` takes integer tensors.
 
+    Attributes
+    ----------
+    values : as given; ``(n, m)`` may serve a batch whose weights have batch dimensions, without copies.
+    batch_shape : the problems it serves.
+
     Raises
     ------
     InvalidProblem : NaN or -inf, fewer than two dimensions, a row or a column with no finite entry.
@@ -207,6 +212,7 @@ class MatrixCost(Cost):
             raise InvalidProblem(f"the cost matrix has shape {tuple(values.shape)}; give (n, m) with n, m >= 1")
         self.source_dtype = values.dtype
         self.values = values.to(compute_dtype(values.dtype))
+        self.batch_shape = tuple(values.shape[:-2])
         low, high = (float(end) for end in torch.aminmax(self.values.detach()))
         if math.isnan(low) or low == -math.inf:
             raise InvalidProblem(
@@ -236,9 +242,22 @@ class MatrixCost(Cost):
     @property
     def T(self) -> MatrixCost:
         """The cost of going back; shares memory."""
-        back = object.__new__(MatrixCost)
-        back.source_dtype, back.values, back.forbids = self.source_dtype, self.values.mT, self.forbids
-        return back
+        return self._like(self.values.mT, self.batch_shape)
+
+    def expand(self, batch_shape: tuple[int, ...]) -> MatrixCost:
+        """The same cost for each problem of a larger batch; shares memory."""
+        return self._like(self.values, batch_shape)
+
+    def pick(self, index: tuple[int, ...], n: int, m: int) -> MatrixCost:
+        """The cost of one problem of a batch, between its first ``n`` and ``m`` atoms."""
+        shared = len(self.batch_shape) - (self.values.ndim - 2)
+        return self._like(self.values[index[shared:]][..., :n, :m], self.batch_shape[len(index) :])
+
+    def _like(self, values: Tensor, batch_shape: tuple[int, ...]) -> MatrixCost:
+        other = object.__new__(MatrixCost)
+        other.source_dtype, other.values, other.forbids = self.source_dtype, values, self.forbids
+        other.batch_shape = batch_shape
+        return other
 
     def __repr__(self) -> str:
         return f"MatrixCost{tuple(self.values.shape)}"

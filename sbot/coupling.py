@@ -71,6 +71,16 @@ class Coupling(ABC):
         """``P v`` or ``P' v`` for ``(*b, m, p)``."""
         raise Unsupported(ATOMS_ONLY)
 
+    def perplexity(self) -> Tensor:
+        """``exp`` of the entropy of each row, ``(*b, n)``."""
+        raise Unsupported(ATOMS_ONLY)
+
+    def information(self) -> Tensor:
+        """``KL(P | mu x nu)``, ``(*b,)``."""
+        raise Unsupported(
+            "the information of a plan that is known by its samples is not; solve with Sinkhorn on samples"
+        )
+
     @abstractmethod
     def between(self, t: float) -> Measure | None:
         """The law at ``0 < t < 1`` where it has a name, else None."""
@@ -101,8 +111,8 @@ class DiscreteCoupling(Coupling):
     def attached(self, unroll: int | None) -> tuple[Atoms, Atoms]:
         """The potentials as functions of the data, see `PotentialBridge.differentiable`."""
         a, b, (x, y) = self._mu.weights, self._nu.weights, self.problem.sites
-        for name, w in (("mu", a), ("nu", b)):
-            if w.requires_grad and bool((w == 0).any()):
+        for name, side in (("mu", self._mu), ("nu", self._nu)):
+            if side.weights.requires_grad and bool(((side.weights == 0) & side.mask).any()):
                 raise InvalidProblem(f"{name} has weights that are zero and want a gradient; drop these atoms")
         f, g = (torch.where(torch.isfinite(part), part, 0.0) for part in self.dual_values())
         kernel = make_kernel(self.problem.cost, x, y)
@@ -191,7 +201,7 @@ class DiscreteCoupling(Coupling):
             raise Unsupported(
                 "the plan has no mass left to draw from or to look at; raise relax or bring the points nearer"
             )
-        return Discrete(self._mu.points, a), Discrete(self._nu.points, b)
+        return self._mu.reweighted(a), self._nu.reweighted(b)
 
     def target_marginals(self) -> tuple[Tensor, Tensor]:
         """``a e^{-f / rho}`` and ``b e^{-g / rho}``: what the marginals are at the solution."""
@@ -354,6 +364,24 @@ class DiscreteCoupling(Coupling):
         parts = [law @ v for _, law in kernel.softmax_tiles(there, self.eps, lse)]
         return torch.exp(here + lse)[..., None] * torch.cat(parts, -2)
 
+    @torch.no_grad()
+    def perplexity(self) -> Tensor:
+        kernel, right = self._kernel(), self._logs[1]
+        lse = kernel.reduce(right, self.eps)[0]
+        laws = kernel.softmax_tiles(right, self.eps, lse)
+        entropy = torch.cat([torch.special.entr(law).sum(-1, dtype=torch.float64) for _, law in laws], -1)
+        return torch.where(lse == -torch.inf, 0.0, entropy.exp()).to(lse)
+
+    @torch.no_grad()
+    def information(self) -> Tensor:
+        a, b = (m.weights.detach().double() for m in (self._mu, self._nu))
+        total = torch.zeros(self.problem.batch_shape, dtype=torch.float64, device=self.problem.device)
+        for rows, log_p, _ in self._tiles(*self._logs):
+            p, q = log_p.exp(), a[..., rows, None] * b[..., None, :]
+            # an entry too small to be written is 0, and its logarithm is kept out
+            total += (torch.where(p > 0, p * (log_p - q.log()), 0.0) - p + q).sum((-2, -1))
+        return total.to(self.problem.dtype)
+
 
 def _log_weights(weights: Tensor, potential: Tensor, eps: float) -> Tensor:
     """``log w + f / eps``; the logarithm of zero is kept out of the graph."""
@@ -445,6 +473,9 @@ class GaussianCoupling(Coupling):
 
     def gap(self) -> Tensor:
         return torch.zeros_like(self.pieces.linear_cost)
+
+    def information(self) -> Tensor:
+        return self.pieces.information
 
     def between(self, t: float) -> Gaussian:
         law = self._reference.pin(0.0, t)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch import distributions as td
 
 from . import linalg
-from .arrays import DTYPES, as_count, as_tensor, compute_dtype, require_finite
+from .arrays import DTYPES, as_count, as_tensor, compute_dtype, once, require_finite
 from .errors import InvalidProblem, Unsupported
 
 Draw = Callable[[int, torch.Generator | None], Tensor]
@@ -71,11 +71,18 @@ class Discrete(Measure):
     Parameters
     ----------
     points : ``(*b, n, d)``, finite.  None makes a histogram, whose atoms are known only by number: give a cost matrix.
-    weights : ``(*b, n)``, non-negative with a positive sum; the default is ``1 / n`` each.
+    weights : ``(*b, n)``, non-negative with a positive sum; the default is ``1 / n`` each.  Either may lack leading batch
+        dimensions that the other has: it is then shared by all problems, without copies.
+    sizes : ``(*b,)``, how many atoms each problem has where they differ; the rest is padding, of zero weight.  `ragged` and
+        `from_list` pad for you.
+
+    Attributes
+    ----------
+    sizes : as given, or None where every problem has ``n`` atoms.
 
     Raises
     ------
-    InvalidProblem : wrong shapes, NaN or infinity, negative or all-zero weights.
+    InvalidProblem : wrong shapes, NaN or infinity, negative or all-zero weights, padding with weight.
 
     Examples
     --------
@@ -84,7 +91,9 @@ class Discrete(Measure):
     True
     """
 
-    def __init__(self, points: Any = None, weights: Any = None, *, name: str = "Discrete") -> None:
+    sizes: Tensor | None
+
+    def __init__(self, points: Any = None, weights: Any = None, *, sizes: Any = None, name: str = "Discrete") -> None:
         if points is None and weights is None:
             raise InvalidProblem(f"{name} needs points (n, d) or weights (n,); pass at least one of them")
         p = None if points is None else as_tensor(points, f"{name} points")
@@ -94,13 +103,100 @@ class Discrete(Measure):
         dtype = compute_dtype(self.source_dtype)
         if p is not None:
             # a copy of its own: points changed later do not change the bridge
-            p = require_finite(_check_points(p, name).to(dtype), f"{name} points").clone()
+            p = once(require_finite(_check_points(p, name).to(dtype), f"{name} points"), torch.clone, 2)
         if w is None:
             assert p is not None
             w = torch.full(p.shape[:-1], 1 / p.shape[-2], dtype=dtype, device=p.device)
-        self.points, self.weights = p, _check_weights(w.to(dtype), p, name).clone()
-        self.batch_shape, self.event_shape = tuple(self.weights.shape[:-1]), () if p is None else (p.shape[-1],)
+            if sizes is not None:
+                count = _check_sizes(sizes, tuple(p.shape[:-2]), p.shape[-2], p.device, name)[..., None]
+                real = torch.arange(p.shape[-2], device=p.device) < count
+                w = torch.where(real, 1 / count.to(dtype), 0.0)
+        w = once(_check_weights(w.to(dtype), p, name), torch.clone, 1)
+        shapes = [tuple(w.shape[:-1]), () if p is None else tuple(p.shape[:-2])]
+        shape = max(shapes, key=len)
+        self.points = None if p is None else p.expand(*shape, *p.shape[-2:])
+        self.weights = w.expand(*shape, w.shape[-1])
+        self.batch_shape, self.event_shape = shape, () if p is None else (p.shape[-1],)
         self.dtype, self.device = dtype, self.weights.device
+        self.sizes = None if sizes is None else _check_sizes(sizes, shape, self.n, self.device, name)
+        if sizes is not None and bool((self.weights.detach()[~self.mask] != 0).any()):
+            raise InvalidProblem(f"{name} has padding with weight; weights beyond sizes must be 0")
+
+    @classmethod
+    def ragged(cls, points: Any, offsets: Any, weights: Any = None, *, name: str = "Discrete") -> Discrete:
+        """A batch of clouds of different sizes that lie one after the other.
+
+        Cloud k is ``points[offsets[k] : offsets[k + 1]]``.  It is padded with copies of its last point, of zero weight, to
+        the size of the largest; `sizes` and `mask` tell which entries are real, and `Bridge[k]` has no padding.
+
+        Parameters
+        ----------
+        points : ``(N, d)``.
+        offsets : ``(B + 1,)`` integers from 0 to N, increasing.
+        weights : ``(N,)``; the default is one over its size for each cloud.
+
+        Raises `InvalidProblem` for offsets that do not cut the points into clouds of at least one.
+
+        Examples
+        --------
+        >>> import torch, sbot
+        >>> clouds = sbot.Discrete.ragged(torch.rand(5, 2), [0, 2, 5])
+        >>> clouds.batch_shape, clouds.n, clouds.sizes.tolist()
+        ((2,), 3, [2, 3])
+        """
+        p = _check_points(as_tensor(points, f"{name} points"), name)
+        if p.ndim != 2:
+            raise InvalidProblem(f"{name} points have shape {tuple(p.shape)}; give (N, d), one cloud after the other")
+        cuts = _check_offsets(offsets, len(p), name).to(p.device)
+        sizes = cuts.diff()
+        n = int(sizes.max())
+        place = torch.arange(n, device=p.device)
+        real = place < sizes[:, None]
+        index = cuts[:-1, None] + torch.minimum(place, sizes[:, None] - 1)
+        # padding is a copy of a point and not the point: it has no derivative
+        padded = torch.where(real[..., None], p[index], p.detach()[index])
+        if weights is None:
+            return cls(padded, sizes=sizes, name=name)
+        w = as_tensor(weights, f"{name} weights", like=p)
+        if w.shape != p.shape[:1]:
+            raise InvalidProblem(f"{name} has weights of shape {tuple(w.shape)}; give ({len(p)},), one for each point")
+        return cls(padded, torch.where(real, w[index], w.new_zeros(())), sizes=sizes, name=name)
+
+    @classmethod
+    def from_list(cls, points: Any, weights: Any = None, *, name: str = "Discrete") -> Discrete:
+        """A batch of clouds of different sizes, given one by one; see `ragged`.
+
+        Parameters
+        ----------
+        points : a list of ``(n_k, d)``.
+        weights : a list of ``(n_k,)``; the default is ``1 / n_k`` each.
+
+        Raises `InvalidProblem` for an empty list, clouds of different dimensions, and weights that do not fit.
+
+        Examples
+        --------
+        >>> import torch, sbot
+        >>> sbot.Discrete.from_list([torch.rand(2, 3), torch.rand(4, 3)]).mask.sum(-1)
+        tensor([2, 4])
+        """
+        if isinstance(points, Tensor) or not isinstance(points, (list, tuple)) or not points:
+            raise InvalidProblem(f"{name} is {type(points).__name__}; give a list of at least one cloud (n_k, d)")
+        clouds = [_check_points(as_tensor(part, f"{name}[{k}]"), f"{name}[{k}]") for k, part in enumerate(points)]
+        if any(part.ndim != 2 or part.shape[1] != clouds[0].shape[-1] for part in clouds):
+            shapes = ", ".join(str(tuple(part.shape)) for part in clouds[:8])
+            raise InvalidProblem(f"{name} has clouds of shapes {shapes}; give (n_k, d) with one d")
+        sizes = [len(part) for part in clouds]
+        flat = None
+        if weights is not None:
+            if not isinstance(weights, (list, tuple)) or len(weights) != len(clouds):
+                raise InvalidProblem(f"{name} has {len(clouds)} clouds; give a list of as many weights (n_k,)")
+            parts = [as_tensor(w, f"{name}[{k}] weights", like=clouds[k]) for k, w in enumerate(weights)]
+            for k, (part, size) in enumerate(zip(parts, sizes, strict=True)):
+                if part.shape != (size,):
+                    raise InvalidProblem(f"{name}[{k}] has weights of shape {tuple(part.shape)}; give ({size},)")
+            flat = torch.cat(parts)
+        offsets = torch.tensor([0, *sizes]).cumsum(0)
+        return cls.ragged(torch.cat(clouds), offsets, flat, name=name)
 
     @property
     def n(self) -> int:
@@ -120,12 +216,50 @@ class Discrete(Measure):
         return torch.take_along_dim(self.points, index[..., None], dim=-2)
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Discrete:
-        points = None if self.points is None else self.points.to(dtype=dtype, device=device)
-        return Discrete(points, self.weights.to(dtype=dtype, device=device))
+        def move(part: Tensor) -> Tensor:
+            return part.to(dtype=dtype, device=device)
+
+        points = None if self.points is None else once(self.points, move, 2)
+        return Discrete(points, once(self.weights, move, 1), sizes=self.sizes)
+
+    @property
+    def mask(self) -> Tensor:
+        """Which atoms are real and not padding, ``(*b, n)``."""
+        if self.sizes is None:
+            return torch.ones((), dtype=torch.bool, device=self.device).expand(self.weights.shape)
+        return torch.arange(self.n, device=self.device) < self.sizes[..., None]
+
+    def reweighted(self, weights: Tensor) -> Discrete:
+        """The same atoms with other weights, ``(*b, n)``; shares the points."""
+        return self._like(self.points, weights, self.sizes)
+
+    def expand(self, batch_shape: tuple[int, ...]) -> Discrete:
+        """The same atoms for each problem of a larger batch; shares memory."""
+        points = None if self.points is None else self.points.expand(*batch_shape, *self.points.shape[-2:])
+        sizes = None if self.sizes is None else self.sizes.expand(batch_shape)
+        return self._like(points, self.weights.expand(*batch_shape, self.n), sizes)
+
+    def pick(self, index: tuple[int, ...]) -> Discrete:
+        """One problem of a batch, without its padding; a shorter ``index`` picks along the first batch dimensions."""
+        weights, points = self.weights[index], None if self.points is None else self.points[index]
+        sizes = None if self.sizes is None else self.sizes[index]
+        if sizes is not None and sizes.ndim == 0:
+            n, sizes = int(sizes), None
+            weights, points = weights[:n], None if points is None else points[:n]
+        return self._like(points, weights, sizes)
+
+    def _like(self, points: Tensor | None, weights: Tensor, sizes: Tensor | None) -> Discrete:
+        """Parts of a measure that was checked; nothing is checked again or copied."""
+        other = object.__new__(Discrete)
+        other.points, other.weights, other.sizes = points, weights, sizes
+        other.batch_shape, other.event_shape = tuple(weights.shape[:-1]), self.event_shape
+        other.dtype, other.device, other.source_dtype = self.dtype, self.device, self.source_dtype
+        return other
 
     def __repr__(self) -> str:
         shape = "histogram" if self.points is None else f"d={self.event_shape[0]}"
-        return f"Discrete(n={self.n}, {shape}, batch={self.batch_shape}, {self.dtype})"
+        n = f"n={self.n}" if self.sizes is None else f"n<={self.n}"
+        return f"Discrete({n}, {shape}, batch={self.batch_shape}, {self.dtype})"
 
 
 def _check_points(points: Tensor, name: str) -> Tensor:
@@ -139,12 +273,48 @@ def _check_points(points: Tensor, name: str) -> Tensor:
     return points
 
 
+def _check_sizes(sizes: Any, shape: tuple[int, ...], n: int, device: torch.device, name: str) -> Tensor:
+    count = torch.as_tensor(sizes, device=device)
+    if count.dtype.is_floating_point or count.dtype == torch.bool or tuple(count.shape) != shape or not shape:
+        raise InvalidProblem(
+            f"{name} sizes have shape {tuple(count.shape)}, {count.dtype}; give integers, one for each problem of {shape}"
+        )
+    if int(count.min()) < 1 or int(count.max()) > n:
+        raise InvalidProblem(f"{name} sizes go from {int(count.min())} to {int(count.max())}; give 1 to {n} atoms")
+    return count.long()
+
+
+def _check_offsets(offsets: Any, n: int, name: str) -> Tensor:
+    try:
+        cuts = torch.as_tensor(offsets)
+    except (TypeError, ValueError, RuntimeError):
+        raise InvalidProblem(f"{name} offsets must be integers (B + 1,); give a tensor or a list") from None
+    whole = cuts.ndim == 1 and len(cuts) >= 2 and not cuts.dtype.is_floating_point and cuts.dtype != torch.bool
+    if not whole or int(cuts[0]) != 0 or int(cuts[-1]) != n:
+        raise InvalidProblem(
+            f"{name} offsets are {cuts.tolist()}; give integers (B + 1,) from 0 to {n}, the number of points"
+        )
+    empty = torch.nonzero(cuts.diff() < 1)
+    if len(empty):
+        raise InvalidProblem(
+            f"{name} has no points in problem {int(empty[0])}; drop the problem, or give offsets that increase"
+        )
+    return cuts.long()
+
+
+def suffix(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+    """Whether ``shape`` is ``whole`` without some of its leading dimensions: what is shared lacks them, and no size differs."""
+    return len(shape) <= len(whole) and tuple(whole[len(whole) - len(shape) :]) == tuple(shape)
+
+
 def _check_weights(weights: Tensor, points: Tensor | None, name: str) -> Tensor:
     if points is not None and weights.shape == (*points.shape[:-1], 1):
         weights = weights.squeeze(-1)
     if weights.ndim == 0 or 0 in weights.shape:
         raise InvalidProblem(f"{name} weights have shape {tuple(weights.shape)}; give (n,) with n >= 1")
-    if points is not None and weights.shape != points.shape[:-1]:
+    if points is not None and not (
+        suffix(weights.shape, points.shape[:-1]) or suffix(points.shape[:-1], weights.shape)
+    ):
         raise InvalidProblem(
             f"{name} has weights of shape {tuple(weights.shape)} for points of shape {tuple(points.shape)}; "
             f"give weights of shape {tuple(points.shape[:-1])}"
@@ -258,6 +428,22 @@ class Gaussian(Measure):
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Gaussian:
         return Gaussian(self.mean.to(dtype=dtype, device=device), self.cov.to(dtype=dtype, device=device))
+
+    def expand(self, batch_shape: tuple[int, ...]) -> Gaussian:
+        """The same law for each problem of a larger batch; shares memory."""
+        d = self.mean.shape[-1]
+        return self._like(self.mean.expand(*batch_shape, d), self.cov.expand(*batch_shape, d, d))
+
+    def pick(self, index: tuple[int, ...]) -> Gaussian:
+        """One problem of a batch; a shorter ``index`` picks along the first batch dimensions."""
+        return self._like(self.mean[index], self.cov[index])
+
+    def _like(self, mean: Tensor, cov: Tensor) -> Gaussian:
+        other = object.__new__(Gaussian)
+        other.mean, other.cov = mean, cov
+        other.batch_shape, other.event_shape = tuple(mean.shape[:-1]), self.event_shape
+        other.dtype, other.device, other.source_dtype = self.dtype, self.device, self.source_dtype
+        return other
 
     def __repr__(self) -> str:
         return f"Gaussian(d={self.event_shape[0]}, batch={self.batch_shape}, {self.dtype})"

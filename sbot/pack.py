@@ -45,7 +45,12 @@ def pack_problem(problem: Problem, report: Report) -> tuple[Header, Tensors]:
         "reference": _pack_reference(problem.reference, put),
         "mu": _pack_measure(problem.mu, put, "mu"),
         "nu": _pack_measure(problem.nu, put, "nu"),
-        "report": asdict(report) | {"error": _finite(report.error), "history": [list(row) for row in report.history]},
+        "report": asdict(report)
+        | {
+            "error": _finite(report.error),
+            "errors": [_finite(error) for error in report.errors],
+            "history": [list(row) for row in report.history],
+        },
     }
     return header, tensors
 
@@ -105,6 +110,7 @@ def unpack_problem(
                 "error": math.nan if said["error"] is None else said["error"],
                 "history": tuple(tuple(row) for row in said["history"]),
                 "notes": tuple(said["notes"]),
+                "errors": tuple(math.nan if error is None else error for error in said.get("errors", ())),
             }
         )
     except (InvalidFile, Needs):
@@ -140,7 +146,7 @@ def _finite(value: float) -> float | None:
 
 def _pack_measure(measure: Measure, put: Any, side: str) -> Header:
     if isinstance(measure, Discrete):
-        return {"kind": "Discrete", "parts": put(side, {"points": measure.points, "weights": measure.weights})}
+        return {"kind": "Discrete", "parts": put(side, _atoms(measure))}
     if isinstance(measure, Gaussian):
         return {"kind": "Gaussian", "parts": put(side, {"mean": measure.mean, "cov": measure.cov})}
     if isinstance(measure, Mixture):
@@ -152,6 +158,10 @@ def _pack_measure(measure: Measure, put: Any, side: str) -> Header:
     raise Unsupported(f"a {type(measure).__name__} cannot be written to a file; save samples of it instead")
 
 
+def _atoms(measure: Discrete) -> dict[str, Tensor | None]:
+    return {"points": measure.points, "weights": measure.weights, "sizes": measure.sizes}
+
+
 def _unpack_measure(said: Header, tensors: Tensors, side: str, given: Measure | None) -> Measure:
     if said["kind"] == "Sampler":
         return _missing(said, side) if given is None else _fitting(said, side, given)
@@ -159,7 +169,7 @@ def _unpack_measure(said: Header, tensors: Tensors, side: str, given: Measure | 
         raise Needs(f"the file holds its own {side} ({said['kind']}); load it without {side}=")
     parts = {name: tensors[f"{side}.{name}"] for name in said["parts"]}
     if said["kind"] == "Discrete":
-        return Discrete(parts.get("points"), parts["weights"])
+        return Discrete(parts.get("points"), parts["weights"], sizes=parts.get("sizes"))
     if said["kind"] == "Gaussian":
         return Gaussian(parts["mean"], parts["cov"])
     if said["kind"] == "Mixture":

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -32,6 +32,9 @@ from .bridge import Bridge
 from .drift_bridge import DriftBridge
 from .errors import InvalidProblem, Unsupported
 from .measures import Discrete, Gaussian, Measure
+
+if TYPE_CHECKING:
+    from .path import BridgePath
 
 Array = NDArray[np.float64]
 
@@ -89,7 +92,7 @@ def _drawn(bridge: Bridge, kind: str, options: dict[str, Any]) -> Figure:
     _check_options(kind, options, _options(kind))
     if bridge.problem.batch_shape and kind != "convergence":
         raise Unsupported(
-            f"the bridge holds a batch {bridge.problem.batch_shape} of problems; solve one alone to draw it, "
+            f"the bridge holds a batch {bridge.problem.batch_shape} of problems; take one alone to draw it, bridge[k], "
             "or draw 'convergence'"
         )
     return KINDS[kind](bridge, **options)
@@ -377,6 +380,57 @@ KINDS: dict[str, Callable[..., Figure]] = {
 }
 
 
+# ---- against eps ---------------------------------------------------------------------------------------------------
+
+
+def eps_path(path: BridgePath) -> Figure:
+    """A path of one problem against eps: costs, ``KL(P | mu x nu)`` and, between atoms, quantiles of the perplexity."""
+    problem = path[0].problem
+    if problem.batch_shape:
+        raise Unsupported(f"the path holds a batch {problem.batch_shape} of problems; solve one alone to draw it")
+    atoms = isinstance(problem.mu, Discrete) and isinstance(problem.nu, Discrete)
+    order = path.eps.argsort()
+    eps = _array(path.eps[order])
+    figure = Figure(figsize=(4.4 * (3 if atoms else 2), 4.2), layout="constrained")
+    title = f"{len(path)} values of eps in units of the cost\n{problem.reference!r}"
+    figure.suptitle(title, fontsize="medium")
+    table = figure.subplots(1, 3 if atoms else 2)
+    for values, colour, label in ((path.cost, RED, "objective"), (path.linear_cost, BLUE, "<P, C>")):
+        height = _array(values[order])
+        table[0].plot(eps, height, ".-", color=colour, label=label)
+        if (height <= 0).any():
+            table[0].set_yscale("symlog", linthresh=float(np.abs(height[height != 0]).min(initial=1.0)))
+        elif table[0].get_yscale() == "linear":
+            table[0].set_yscale("log")
+    table[1].loglog(
+        eps, _array(path.entropy[order]).clip(min=1e-16), ".-", color="black", label="KL(P | mu x nu), nats"
+    )
+    if atoms:
+        _spread_over_atoms(table[2], path, order)
+    for axes, label in zip(table, ("cost", "relative entropy", "perplexity of a row"), strict=False):
+        axes.set(xlabel="eps", ylabel=label, xscale="log")
+        bad = ~_array(path.converged[order]).astype(bool)
+        for k, place in enumerate(eps[bad]):
+            axes.axvline(place, color="#b00020", lw=1, ls=":", label="NOT converged" if k == 0 else None)
+        axes.grid(alpha=0.25, which="both")
+        axes.legend(framealpha=0.8, edgecolor="none", fontsize="small")
+        _tidy(axes)
+    return figure
+
+
+def _spread_over_atoms(axes: Axes, path: BridgePath, order: Tensor) -> None:
+    mu, nu = path[0].problem.mu, path[0].problem.nu
+    assert isinstance(mu, Discrete) and isinstance(nu, Discrete)
+    rows = path.perplexity[order][:, (mu.weights > 0).to(path.perplexity.device)].double()
+    level = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=rows.dtype, device=rows.device)
+    eps, bands = _array(path.eps[order]), _array(torch.quantile(rows, level, dim=1))
+    axes.fill_between(eps, bands[0], bands[4], color=BLUE, alpha=0.15, lw=0, label="5 % to 95 % of the rows")
+    axes.fill_between(eps, bands[1], bands[3], color=BLUE, alpha=0.3, lw=0, label="25 % to 75 %")
+    axes.plot(eps, bands[2], ".-", color=BLUE, label="median")
+    axes.axhline(nu.n, color="black", lw=1, ls="--", label=f"all {nu.n} atoms of nu")
+    axes.set_yscale("log")
+
+
 # ---- other pictures ------------------------------------------------------------------------------------------------
 
 
@@ -413,7 +467,7 @@ def animation(
         raise InvalidProblem(f"{path} does not end in .gif; an animation is written as .gif")
     if bridge.problem.batch_shape:
         raise Unsupported(
-            f"the bridge holds a batch {bridge.problem.batch_shape} of problems; solve one alone to draw it"
+            f"the bridge holds a batch {bridge.problem.batch_shape} of problems; take one alone to draw it, bridge[k]"
         )
     times = np.linspace(0, 1, as_count(frames, "frames", least=2))
     view = _view(bridge, generator)

@@ -71,6 +71,27 @@ class PotentialBridge(Bridge):
         bridge._attached = True
         return bridge
 
+    def _pick(self, index: tuple[int, ...]) -> PotentialBridge:
+        whole, problem, report = self.problem.batch_shape, self.problem.pick(index), self.report
+        sizes = (m.n if isinstance(m, Discrete) else 0 for m in (problem.mu, problem.nu))
+        phi, psi = (part.pick(index, n) for part, n in zip((self.phi, self.psi), sizes, strict=True))
+        which = index[0] if len(index) == 1 else index
+        notes = (*report.notes, f"problem {which} of a batch {whole}, of which iterations, history and seconds are")
+        if report.errors:
+            errors = torch.tensor(report.errors, dtype=torch.float64).reshape(whole)[index]
+            worst = float(errors.max())
+            done = worst <= report.tolerance and report.reason != "precision"
+            report = replace(
+                report,
+                error=worst,
+                errors=tuple(errors.flatten().tolist()) if problem.batch_shape else (),
+                converged=done,
+                reason="tolerance" if done else report.reason,
+            )
+        bridge = PotentialBridge(problem, phi, psi, replace(report, notes=notes))
+        bridge._attached = self._attached
+        return bridge
+
     # ---- static ----------------------------------------------------------------------------------------------------
 
     @in_result_dtype
@@ -108,7 +129,7 @@ class PotentialBridge(Bridge):
             raise InvalidProblem(f"mass is {share:g}; give the share of each row to keep, in (0, 1]")
         most = None if max_per_row is None else as_count(max_per_row, "max_per_row")
         if self.problem.batch_shape:
-            raise Unsupported("a sparse plan of a batch has no shape; solve the problems one by one, or use top(k)")
+            raise Unsupported("a sparse plan of a batch has no shape; take them one by one, bridge[k], or use top(k)")
         return self.coupling.sparse(share, most)
 
     @in_result_dtype
@@ -131,7 +152,7 @@ class PotentialBridge(Bridge):
         Raises `Unsupported` for batches, for marginals without atoms, and where forbidden pairs leave no permutation.
         """
         if self.problem.batch_shape:
-            raise Unsupported("assignments are made one problem at a time; solve the problems one by one")
+            raise Unsupported("assignments are made one problem at a time; take them one by one: bridge[k]")
         best = self.coupling.top(1)[1][:, 0]
         mu, nu = self.problem.mu, self.problem.nu
         assert isinstance(mu, Discrete) and isinstance(nu, Discrete)
@@ -145,6 +166,15 @@ class PotentialBridge(Bridge):
             if k == mu.n:
                 raise Unsupported("forbidden pairs leave no permutation; use plan() or top(k)")
             k = min(2 * k, mu.n)
+
+    @in_result_dtype
+    def perplexity(self) -> Tensor:
+        """How many atoms of nu each atom of mu is spread over, ``(*b, n)``: the exponential of the entropy of the law of its end.
+
+        ``exp(-sum_j p_j log p_j)`` with ``p_j = P_ij / (P 1)_i``: 1 for a single target, m for all alike.  Streamed, no gradient.
+        It is 0 where every pair is forbidden.  Raises `Unsupported` for marginals without atoms.
+        """
+        return self.coupling.perplexity()
 
     @in_result_dtype
     def apply(self, v: Any, *, transpose: bool = False) -> Tensor:
@@ -282,7 +312,9 @@ class PotentialBridge(Bridge):
         """Pairs where the cost is a matrix: draw atom numbers, then look up the points where there are any."""
         assert isinstance(start, Discrete) and isinstance(self.psi, Atoms)
         if start.batch_shape:
-            raise Unsupported("pairs of a batch with a cost matrix are not drawn; solve the problems one by one")
+            raise Unsupported(
+                "pairs of a batch with a cost matrix are not drawn; take the problems one by one: bridge[k]"
+            )
         index = Discrete(None, start.weights).sample(n, generator=generator)
         end = self.condition(index).sample(generator=generator)
         return index if start.points is None else start.points[index], end

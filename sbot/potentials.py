@@ -61,6 +61,10 @@ class Potential(ABC):
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Potential:
         """The same potential in another dtype or on another device."""
 
+    def pick(self, index: tuple[int, ...], n: int) -> Potential:
+        """That of one problem of a batch, of its first ``n`` atoms where it has atoms."""
+        raise Unsupported(f"a {type(self).__name__} has no parts; solve the problems one by one")
+
 
 @final
 class Atoms(Potential):
@@ -105,6 +109,12 @@ class Atoms(Potential):
         raise Unsupported(
             "the drift towards a discrete measure is infinite at its own time; ask at a time before it, 0 < t < 1"
         )
+
+    def pick(self, index: tuple[int, ...], n: int) -> Atoms:
+        numbered = not self.points.dtype.is_floating_point
+        points = self.points[:n] if numbered else self.points[index][..., :n, :]
+        values = None if self.values is None or not numbered else self.values[index][..., :n, :]
+        return Atoms(points, self.log_weights[index][..., :n], values)
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Atoms:
         numbered = not self.points.dtype.is_floating_point
@@ -218,6 +228,10 @@ class Quadratics(Potential):
         r = y[..., None, :, :] - self.means[..., :, None, :]
         each = -torch.linalg.solve(self.covs, r.mT).mT
         return torch.einsum("...nk,...knd->...nd", share, each) + self.centred(y) @ self.growth
+
+    def pick(self, index: tuple[int, ...], n: int) -> Quadratics:
+        origin = None if self.origin is None else self.origin[index]
+        return Quadratics(self.logits[index], self.means[index], self.covs[index], self.growth[index], origin)
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Quadratics:
         def move(part: Tensor) -> Tensor:

@@ -7,14 +7,16 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .arrays import HALF, as_number
 from .costs import Cost, MatrixCost
 from .errors import InvalidProblem
-from .measures import Discrete, Measure, as_measure
+from .measures import Discrete, Gaussian, Measure, as_measure, suffix
 from .reference import Reference, Static, as_reference
+from .spread import natural_eps
 
 INF = math.inf
 
@@ -33,7 +35,7 @@ class Problem:
     Attributes
     ----------
     mu, nu : the marginals, of one dtype, device and batch shape.
-    eps : variance of the reference path over [0, 1], in the units of the cost.
+    eps : variance of the reference path over [0, 1], in the units of the cost; the number that "auto" gave.
     reference : the reference process, or a static cost.
     relax : ``(rho_mu, rho_nu)``, the strength of ``rho KL(marginal | given)``; infinite for a hard constraint.
     result_dtype : dtype of what a bridge returns; half precisions are computed in float32 and cast back.
@@ -51,12 +53,15 @@ class Problem:
     @classmethod
     def of(cls, mu: Any, nu: Any, eps: Any, reference: Any = None, cost: Any = None, relax: Any = None) -> Problem:
         """Convert and check every argument; raises `InvalidProblem` with the argument, the fault and the way out."""
-        epsilon = _check_eps(eps)
+        automatic = isinstance(eps, str) and eps == "auto"
+        epsilon = 1.0 if automatic else check_eps(eps)
         rho = _check_relax(relax)
         ref = as_reference(reference, cost)
         charge = ref.cost()
-        bins = charge.values.ndim - 1 if isinstance(charge, MatrixCost) else 0
-        a, b = as_measure(mu, "mu", histogram=bins), as_measure(nu, "nu", histogram=bins)
+        a, b = (
+            as_measure(side, name, histogram=_histogram(side, charge, axis, name))
+            for side, name, axis in ((mu, "mu", -2), (nu, "nu", -1))
+        )
         _check_devices(a, b, charge)
         sources = [a.source_dtype, b.source_dtype]
         dtypes = [a.dtype, b.dtype]
@@ -66,17 +71,21 @@ class Problem:
         result, dtype = _promote(sources), _promote(dtypes)
         notes = [f"computed in float32, results returned as {result}"] if result in HALF else []
         a, b = (m if m.dtype == dtype else m.to(dtype=dtype) for m in (a, b))
-        if isinstance(charge, MatrixCost) and charge.values.dtype != dtype:
-            ref = Static(MatrixCost(charge.values.to(dtype)))
-        least = 4 / torch.finfo(dtype).max
-        if not least < epsilon < 1 / least:
-            raise InvalidProblem(
-                f"eps is {epsilon}, outside the range of {dtype}; rescale the points and eps, or use float64"
-            )
+        a, b, batch = _side_by_side(a, b, charge)
+        if isinstance(charge, MatrixCost) and (charge.values.dtype != dtype or charge.batch_shape != batch):
+            ref = Static(_fitted(charge, batch, dtype=dtype))
+        _check_range(epsilon, dtype)
         problem = cls(a, b, epsilon, ref, rho, result, tuple(notes))
         problem._check_shapes()
         coarsest = max(torch.finfo(source).eps for source in sources)
-        return problem._balance(coarsest) if rho == (INF, INF) else problem
+        problem = problem._balance(coarsest) if rho == (INF, INF) else problem
+        return problem._automatic() if automatic else problem
+
+    def with_eps(self, eps: Any) -> Problem:
+        """The same problem with another eps; raises `InvalidProblem` as `of` does."""
+        epsilon = check_eps(eps)
+        _check_range(epsilon, self.dtype)
+        return replace(self, eps=epsilon)
 
     # ---- what solvers and bridges read -----------------------------------------------------------------------------
 
@@ -122,7 +131,7 @@ class Problem:
         """The same problem in another dtype or on another device."""
         reference = self.reference
         if isinstance(self.cost, MatrixCost):
-            reference = Static(MatrixCost(self.cost.values.to(dtype=dtype, device=device)))
+            reference = Static(_fitted(self.cost, self.batch_shape, dtype=dtype, device=device))
         moved = replace(
             self,
             mu=self.mu.to(dtype=dtype, device=device),
@@ -133,6 +142,14 @@ class Problem:
         coarsest = max(torch.finfo(self.dtype).eps, torch.finfo(moved.dtype).eps)
         return moved._balance(coarsest) if self.relax == (INF, INF) else moved
 
+    def pick(self, index: tuple[int, ...]) -> Problem:
+        """One problem of a batch, without padding; a shorter ``index`` picks along the first batch dimensions."""
+        assert isinstance(self.mu, (Discrete, Gaussian)) and isinstance(self.nu, (Discrete, Gaussian))
+        mu, nu, reference = self.mu.pick(index), self.nu.pick(index), self.reference
+        if isinstance(self.cost, MatrixCost) and isinstance(mu, Discrete) and isinstance(nu, Discrete):
+            reference = Static(self.cost.pick(index, mu.n, nu.n))
+        return replace(self, mu=mu, nu=nu, reference=reference, eps=_part(self.eps, index))
+
     # ---- checks ----------------------------------------------------------------------------------------------------
 
     def _site(self, measure: Measure) -> Tensor:
@@ -142,11 +159,20 @@ class Problem:
         assert measure.points is not None
         return measure.points
 
+    def _automatic(self) -> Problem:
+        """With eps from the spread of the cost, and a note that says so."""
+        each, of_what = natural_eps(self.mu, self.nu, self.cost)
+        problem = self.with_eps(float(each.mean()))
+        over = "; the mean over the batch" if self.batch_shape else ""
+        note = f'eps="auto": {problem.eps:.3g}, a twentieth of {of_what}{over}'
+        return replace(problem, notes=(*self.notes, note))
+
     def _check_shapes(self) -> None:
         mu, nu = self.mu, self.nu
         if mu.batch_shape != nu.batch_shape:
             raise InvalidProblem(
-                f"mu has batch dimensions {mu.batch_shape} and nu {nu.batch_shape}; give both the same (nothing broadcasts)"
+                f"mu has batch dimensions {mu.batch_shape} and nu {nu.batch_shape}; give both the same, or leave out leading "
+                "ones where the problems share a measure (sizes do not broadcast)"
             )
         if isinstance(self.cost, MatrixCost):
             self._check_matrix(self.cost)
@@ -170,15 +196,18 @@ class Problem:
                 "a cost matrix couples two histograms; pass weights (n,) and (m,), or Discrete measures"
             )
         want = (*mu.batch_shape, mu.n, nu.n)
-        if tuple(values.shape) != want:
+        if (*cost.batch_shape, *values.shape[-2:]) != want:
+            shared = f", or {want[-2:]} for one that the problems share" if mu.batch_shape else ""
             raise InvalidProblem(
-                f"the cost matrix has shape {tuple(values.shape)} for {mu.n} and {nu.n} atoms; give shape {want}"
+                f"the cost matrix has shape {tuple(values.shape)} for {mu.n} and {nu.n} atoms; give shape {want}{shared}"
             )
         if not cost.forbids:
             return
-        allowed = torch.isfinite(values)
-        for name, here, there, axis in (("mu", mu, nu, -1), ("nu", nu, mu, -2)):
-            reachable = (allowed & (there.weights > 0).unsqueeze(-2 if axis == -1 else -1)).any(axis)
+        allowed = torch.isfinite(values).to(self.dtype)
+        for name, here, there, table in (("mu", mu, nu, allowed), ("nu", nu, mu, allowed.mT)):
+            live = (there.weights.detach() > 0).to(self.dtype)
+            # one product for all problems that share the matrix, without a copy of it for each
+            reachable = (live @ table.mT if table.ndim == 2 else (table @ live[..., None])[..., 0]) > 0
             lost = torch.nonzero(~reachable & (here.weights > 0))
             if len(lost):
                 raise InvalidProblem(
@@ -201,10 +230,72 @@ class Problem:
             )
         if worst <= 4 * torch.finfo(self.dtype).eps:
             return self  # as equal as sums get
-        nu = Discrete(self.nu.points, self.nu.weights * (a / b)[..., None].to(self.dtype))
+        nu = self.nu.reweighted(self.nu.weights * (a / b)[..., None].to(self.dtype))
         note = f"masses differed by {worst:.1e} relative: nu was rescaled to the mass of mu in float64"
         notes = self.notes if worst < 16 * rounding else (*self.notes, note)
         return replace(self, nu=nu, notes=notes)
+
+
+def _side_by_side(mu: Measure, nu: Measure, cost: Cost) -> tuple[Measure, Measure, tuple[int, ...]]:
+    """Leading batch dimensions that a measure lacks are those of the others: it is shared by these problems.
+
+    Sizes never broadcast, 1 least of all; what does not fit is left as it is, for `Problem._check_shapes`.
+    """
+    shapes = [
+        mu.batch_shape,
+        nu.batch_shape,
+        *([tuple(cost.values.shape[:-2])] if isinstance(cost, MatrixCost) else []),
+    ]
+    batch = max(shapes, key=len)
+    if not all(suffix(shape, batch) for shape in shapes[:2]):
+        return mu, nu, mu.batch_shape
+    mu, nu = (
+        m.expand(batch) if isinstance(m, (Discrete, Gaussian)) and m.batch_shape != batch else m for m in (mu, nu)
+    )
+    return mu, nu, batch
+
+
+def _fitted(
+    cost: MatrixCost,
+    batch: tuple[int, ...],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> MatrixCost:
+    """The matrix in a dtype and on a device, for each problem of the batch where they share it."""
+    moved = MatrixCost(cost.values.to(dtype=dtype, device=device))
+    return moved.expand(batch) if suffix(moved.batch_shape, batch) else moved
+
+
+def _histogram(side: Any, cost: Cost, axis: int, name: str) -> int:
+    """Dimensions that an array has if it is the weights of a histogram, beside a cost matrix; 0 where it is points."""
+    if not isinstance(cost, MatrixCost):
+        return 0
+    try:
+        shape = tuple(np.shape(side)) if isinstance(side, (list, np.ndarray)) else tuple(getattr(side, "shape", ()))
+    except ValueError:
+        return 0  # not rectangular, which is refused elsewhere
+    batch, n, dims = tuple(cost.values.shape[:-2]), cost.values.shape[axis], len(shape)
+    if dims < 2:
+        return 1
+    weights, points = shape[-1] == n, shape[-2] == n
+    if dims == len(batch) + 1:
+        return dims if weights or not points else 0
+    weights = weights and (suffix(batch, shape[:-1]) or suffix(shape[:-1], batch))
+    if weights and points and dims == len(batch) + 2:
+        raise InvalidProblem(
+            f"{name} has shape {shape}, which may be {n} points or the weights of {n} histograms; "
+            "say which: sbot.Discrete(points) or sbot.Discrete(None, weights)"
+        )
+    return dims if weights else 0
+
+
+def _part(eps: Any, index: tuple[int, ...]) -> Any:
+    """What a problem of a batch has of eps: the number for all, or its own."""
+    if not isinstance(eps, Tensor) or not eps.ndim:
+        return eps
+    part = eps[index]
+    return part if part.ndim else float(part)
 
 
 def _promote(dtypes: list[torch.dtype]) -> torch.dtype:
@@ -214,15 +305,21 @@ def _promote(dtypes: list[torch.dtype]) -> torch.dtype:
     return result
 
 
-def _check_eps(eps: Any) -> float:
+def check_eps(eps: Any) -> float:
     if isinstance(eps, str):
-        raise InvalidProblem(f"eps is the string {eps!r}; give a number > 0, such as a hundredth of the mean cost")
+        raise InvalidProblem(f"eps is the string {eps!r}; give a number > 0 in the units of the cost, or 'auto'")
     number = as_number(eps, "eps")
     if number == 0:
         raise InvalidProblem("eps is 0, which is unregularised transport; give eps > 0, or use ot.emd from POT")
     if number < 0 or number == INF:
         raise InvalidProblem(f"eps is {number}; give a finite number > 0 in the units of the cost")
     return number
+
+
+def _check_range(eps: float, dtype: torch.dtype) -> None:
+    least = 4 / torch.finfo(dtype).max
+    if not least < eps < 1 / least:
+        raise InvalidProblem(f"eps is {eps}, outside the range of {dtype}; rescale the points and eps, or use float64")
 
 
 def _check_relax(relax: Any) -> tuple[float, float]:

@@ -39,11 +39,17 @@ def make_kernel(cost: Cost, x: Tensor, y: Tensor, *, memory: int = 0) -> LogKern
     and the conditional laws that a solver keeps beside it.  A cost that was given as a matrix is stored already.
     """
     if isinstance(cost, MatrixCost):
-        return DenseKernel(cost.matrix(x, y))
+        return DenseKernel(cost.matrix(x, y), cost.batch_shape)
     tiled = TiledKernel(cost, x, y)
     pairs = math.prod(x.shape[:-1]) * y.shape[-2]
     worth = tiled.rank is None or tiled.rank > CHEAP
-    return store(tiled) if worth and 2 * pairs * x.element_size() <= memory else tiled
+    if not worth or 2 * pairs * x.element_size() > memory:
+        return tiled
+    shared = [points.ndim > 2 and all(step == 0 for step in points.stride()[:-2]) for points in (x, y)]
+    if all(shared):  # points that all problems share have one matrix
+        first = (0,) * (x.ndim - 2)
+        return DenseKernel(store(TiledKernel(cost, x[first], y[first])).matrix, tiled.batch_shape)
+    return store(tiled)
 
 
 def store(kernel: LogKernel) -> DenseKernel:

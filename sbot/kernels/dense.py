@@ -13,28 +13,36 @@ from .base import LogKernel
 
 @final
 class DenseKernel(LogKernel):
-    """``C`` itself, ``(*b, n, m)``."""
+    """``C`` itself, ``(*b, n, m)``.
 
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix = matrix
-        self.shape = (matrix.shape[-2], matrix.shape[-1])
-        self.batch_shape, self.dtype, self.device = tuple(matrix.shape[:-2]), matrix.dtype, matrix.device
+    Parameters
+    ----------
+    stored : ``C``, or what problems share of it: leading dimensions of ``batch_shape`` that it lacks are not copied.
+    batch_shape : ``*b``; None is that of ``stored``.
+    """
+
+    def __init__(self, stored: Tensor, batch_shape: tuple[int, ...] | None = None) -> None:
+        self.batch_shape = tuple(stored.shape[:-2]) if batch_shape is None else batch_shape
+        self.shape = (stored.shape[-2], stored.shape[-1])
+        self.stored, self.matrix = stored, stored.expand(*self.batch_shape, *self.shape)
+        self.dtype, self.device = stored.dtype, stored.device
 
     @property
     def T(self) -> DenseKernel:
-        return DenseKernel(self.matrix.mT)
+        return DenseKernel(self.stored.mT, self.batch_shape)
 
     def take(self, index: Tensor) -> DenseKernel:
-        return DenseKernel(self.matrix[index])
+        own = self.stored.ndim == self.matrix.ndim
+        return DenseKernel(self.stored[index] if own else self.stored, (len(index), *self.batch_shape[1:]))
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
-        return (self.matrix,)
+        return (self.stored,)
 
     def pull_back(self, tiles: Iterator[tuple[slice, Tensor]]) -> tuple[Tensor | None, ...]:
-        out = torch.empty_like(self.matrix)
+        out = torch.empty_like(self.stored)
         for rows, tile in tiles:
-            out[..., rows, :] = tile
+            out[..., rows, :] = tile.sum_to_size(out[..., rows, :].shape)
         return (out,)
 
     def entries(self, rows: slice) -> Tensor:

@@ -117,7 +117,8 @@ class Sinkhorn(Solver):
             state.centre()
             phi, psi = _potentials(problem, state)
         eps, tolerance = stages[-1]
-        error = state.error()
+        errors = state.errors()
+        error = float(errors.max())
         resolved = goal.reach <= max(HOPELESS, tolerance)
         reason = "precision" if not resolved else "tolerance" if error <= tolerance else reason
         outcome = Report(
@@ -130,11 +131,13 @@ class Sinkhorn(Solver):
             history=tuple(history),
             seconds=time.perf_counter() - start,
             notes=(*goal.notes, *_started(coarse), _account(counts, state)),
+            errors=tuple(errors.flatten().tolist()) if problem.batch_shape else (),
         )
         if not outcome.converged:
             warnings.warn(
-                f"Sinkhorn stopped ({reason}) after {outcome.iterations} iterations at marginal error {error:.1e} for a "
-                f"tolerance of {tolerance:.1e}; raise max_iter or eps, loosen tol, use float64, or continue with init=bridge",
+                f"Sinkhorn stopped ({reason}) after {outcome.iterations} iterations at marginal error {error:.1e}"
+                f"{_worst(errors)} for a tolerance of {tolerance:.1e}; raise max_iter or eps, loosen tol, use float64, "
+                "or continue with init=bridge",
                 NotConverged,
                 stacklevel=3,
             )
@@ -170,7 +173,7 @@ class Sinkhorn(Solver):
         if self.anneal is not None:
             stages = list(self.anneal.stages(START * mean, eps, goal.tolerance))
         a, b = mu.weights.detach(), nu.weights.detach()
-        taken = kernel.matrix.numel() * kernel.dtype.itemsize if isinstance(kernel, DenseKernel) else 0
+        taken = kernel.stored.numel() * kernel.dtype.itemsize if isinstance(kernel, DenseKernel) else 0
         model = Conditionals(kernel, max(0, self.memory - (0 if isinstance(problem.cost, MatrixCost) else taken)))
         state = State(kernel, a, b, problem.relax, g, model if model.possible else None)
         where = "stored" if isinstance(kernel, DenseKernel) else "computed by tiles"
@@ -275,6 +278,14 @@ def _started(coarse: Bridge | None) -> tuple[str, ...]:
     mu, nu = coarse.problem.mu, coarse.problem.nu
     assert isinstance(mu, Discrete) and isinstance(nu, Discrete)
     return (f"started from a solution between {mu.n} and {nu.n} of the atoms",)
+
+
+def _worst(errors: Tensor) -> str:
+    """Which problem of a batch has the largest error, as `Bridge` is indexed."""
+    if not errors.ndim:
+        return ""
+    index = tuple(int(k) for k in torch.unravel_index(errors.argmax(), errors.shape))
+    return f" in problem {index[0] if len(index) == 1 else index} of the batch"
 
 
 def _account(counts: dict[str, int], state: State) -> str:

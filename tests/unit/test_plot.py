@@ -94,7 +94,7 @@ def main_axes(figure: Figure) -> Axes:
 def test_every_kind_draws_or_says_why_not(name: str, kind: str) -> None:
     bridge = make(name)
     if kind not in DRAWABLE[name]:
-        with pytest.raises(sbot.Unsupported, match=r"reference=sbot\.Brownian\(\)|draw '|solve one alone"):
+        with pytest.raises(sbot.Unsupported, match=r"reference=sbot\.Brownian\(\)|draw '|take one alone"):
             plot.draw(bridge, kind, **options(kind))
         return
     figure = plot.draw(bridge, kind, **options(kind))
@@ -395,5 +395,5 @@ def test_digits() -> None:
 def test_a_batch_has_no_animation(tmp_path):
     x = torch.randn(2, 5, 2, generator=torch.Generator().manual_seed(0))
     bridge = sbot.solve_bridge(x, x + 1, 1.0)
-    with pytest.raises(sbot.Unsupported, match="solve one alone"):
+    with pytest.raises(sbot.Unsupported, match="take one alone"):
         plot.animation(bridge, tmp_path / "a.gif")

@@ -46,7 +46,10 @@ BAD = [
     (lambda: sbot.solve_bridge(X[:0], Y, 0.1), r"mu points have shape \(0, 2\); give \(n, d\) with n >= 1"),
     (lambda: sbot.solve_bridge(X[:, :0], Y[:, :0], 0.1), r"mu points have shape \(6, 0\)"),
     (lambda: sbot.solve_bridge(X, Y[:, :1], 0.1), r"mu has samples of shape \(2,\) and nu of shape \(1,\)"),
-    (lambda: sbot.solve_bridge(X[None], Y, 0.1), r"mu has batch dimensions \(1,\) and nu \(\)"),
+    (
+        lambda: sbot.solve_bridge(X.expand(2, 6, 2), Y.expand(3, 5, 2), 0.1),
+        r"mu has batch dimensions \(2,\) and nu \(3,\)",
+    ),
     (lambda: sbot.solve_bridge(X.to(torch.complex64), Y, 0.1), "mu has dtype torch.complex64"),
     (lambda: sbot.solve_bridge(X > 0, Y, 0.1), "mu has dtype torch.bool"),
     (lambda: sbot.solve_bridge(X.to_sparse(), Y, 0.1), r"mu is a sparse tensor; pass mu.to_dense\(\)"),
