@@ -198,7 +198,9 @@ def _alone(problem: Problem, solver: Sinkhorn, tolerance: float, show: Callable[
         # both marginals are off by this
         error = 2 * float(((goal * off).sum(-1) / goal.sum(-1)).max())
         if math.isnan(error):
-            raise NumericalError("a self term of the divergence left the finite numbers; rescale the cost or use float64")
+            raise NumericalError(
+                "a self term of the divergence left the finite numbers; rescale the cost or use float64"
+            )
         show(Progress(k, eps, error, tolerance))
         waited = 0 if error < 0.9 * best.error else waited + 1
         if error < best.error:
@@ -228,9 +230,7 @@ def _logs(end: Any, potential: Tensor, eps: float) -> Tensor:
 # ---- the door ------------------------------------------------------------------------------------------------------
 
 
-def _problems(
-    mu: Any, nu: Any, eps: Any, reference: Any, cost: Any, relax: Any
-) -> tuple[Problem, list[Problem]]:
+def _problems(mu: Any, nu: Any, eps: Any, reference: Any, cost: Any, relax: Any) -> tuple[Problem, list[Problem]]:
     """The problem from mu to nu, and those from each to itself."""
     three = cost if isinstance(cost, tuple) and len(cost) == 3 else None
     problem = Problem.of(mu, nu, eps, reference, cost if three is None else three[0], relax)

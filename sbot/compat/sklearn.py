@@ -15,7 +15,7 @@ from ..errors import InvalidProblem, Unsupported
 from ..linalg import full_precision
 from ..potential_bridge import PotentialBridge
 from ..potentials import Atoms
-from ..reference import LinearReference, as_reference
+from ..reference import LinearReference
 from ..solvers import Sinkhorn
 
 try:
@@ -32,8 +32,6 @@ try:
 except ImportError as missing:
     raise ImportError("sbot.compat.sklearn needs scikit-learn >= 1.6: pip install 'scikit-learn>=1.6'") from missing
 
-#: eps="auto" in units of the standard deviation of the cost; what counts as none; atoms of a side it is measured on at most.
-SHARE, FLAT, MEASURED = 0.05, 1e-7, 2048
 #: Points that stand for the standard normal law.
 NORMAL = 512
 
@@ -65,9 +63,11 @@ class _Transporting(BaseEstimator):  # type: ignore[misc]
     def _fit_bridge(self, X: np.ndarray, weights: np.ndarray | None, target: np.ndarray) -> None:
         x, nu = _tensor(X), _tensor(target)
         a = None if weights is None else _tensor(weights / weights.sum())
-        eps = _epsilon(x, nu, a, self.cost) if isinstance(self.eps, str) and self.eps == "auto" else self.eps
         mu = x if a is None else (x, a)
         solver = Sinkhorn(tol=self.tol, max_iter=self.max_iter)
+        # all in one place: the cost has no scale, and the plan is the same at any eps
+        nowhere = isinstance(self.eps, str) and bool((x == x[0]).all()) and bool((nu == x[0]).all())
+        eps = 1.0 if nowhere and self.eps == "auto" else self.eps
         self.bridge_: Bridge = solve_bridge(mu, nu, eps, cost=self.cost, relax=self.relax, solver=solver)
         self.eps_ = self.bridge_.problem.eps
         self.n_iter_ = max(1, self.bridge_.report.iterations)
@@ -205,7 +205,7 @@ class BridgeTransport(OneToOneFeatureMixin, TransformerMixin, _Transporting):  #
         return _array(law.sample(points, end, bridge.problem.eps, generator=generator))
 
     def transform_labels(self, y: Any) -> np.ndarray:
-        """The share of each class among what arrives at each atom of the target, ``(m, n_classes)``, from labels of the source."""
+        """What share of each class arrives at each atom of the target, ``(m, n_classes)``, from labels of the source."""
         check_is_fitted(self, "bridge_")
         labels = column_or_1d(y)
         mass = self.bridge_.apply(_codes(labels, np.float64)[1], transpose=True)
@@ -357,24 +357,8 @@ def _codes(y: np.ndarray, dtype: Any) -> tuple[np.ndarray, Tensor]:
 
 def _normal(d: int) -> np.ndarray:
     """Points that fill the standard normal law evenly: Sobol's, through the quantile function."""
-    even = torch.quasirandom.SobolEngine(d, scramble=True, seed=0).draw(NORMAL, dtype=torch.float64)
+    engine = torch.quasirandom.SobolEngine(d, scramble=True, seed=0)  # type: ignore[no-untyped-call]
+    even = engine.draw(NORMAL, dtype=torch.float64)
     edge = 0.5 / NORMAL
     points: np.ndarray = torch.special.ndtri(even.clamp(edge, 1 - edge)).numpy()
     return points
-
-
-def _epsilon(x: Tensor, y: Tensor, weights: Tensor | None, cost: Any) -> float:
-    """A twentieth of the standard deviation of the cost, or of its mean where it does not vary."""
-    a = torch.ones(len(x), dtype=torch.float64) if weights is None else weights.double()
-    (x, a), y = _few(x, a), _few(y, y)[0]
-    c = as_reference(None, cost).cost().matrix(x, y).double()
-    share = (a / a.sum())[:, None] / len(y)
-    mean = (share * c).sum()
-    deviation = float((share * (c - mean).square()).sum().sqrt())
-    scale = deviation if deviation > FLAT * abs(float(mean)) else abs(float(mean))
-    return SHARE * scale if scale > 0 else 1.0
-
-
-def _few(x: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    step = -(-len(x) // MEASURED)
-    return x[::step], a[::step]

@@ -1,4 +1,4 @@
-"""The drop-in for GeomLoss: its units, shapes and conventions, against closed forms, differences, and GeomLoss where it converges."""
+"""The drop-in for GeomLoss: its units, shapes and conventions, against plain iterations, differences and GeomLoss itself."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ def test_debiased_potentials_carry_derivatives(sample):
     ids=str,
 )
 def test_bad_options(options):
-    with pytest.raises(ValueError, match="give|takes"):
+    with pytest.raises(ValueError, match=r"give|takes"):
         SamplesLoss(**options)
 
 

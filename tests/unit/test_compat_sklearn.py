@@ -96,10 +96,10 @@ def test_the_normal_law_is_the_default_target(domains):
 
 def test_relaxed_marginals_and_other_costs(domains):
     X, _, target = domains
-    outlier = np.vstack([target, [[40.0, 40.0]]])
+    outlier = np.vstack([target, [[9.0, 9.0]]])
     hard = BridgeTransport(target=outlier, eps=0.1).fit_transform(X)
     loose = BridgeTransport(target=outlier, eps=0.1, relax=1.0).fit_transform(X)
-    assert hard.max() > 4.9 > loose.max()
+    assert hard.max() > 6.0 > loose.max()
     distance = BridgeTransport(target=target, cost=sbot.Lp(2), eps=0.1).fit(X)
     assert distance.transform(X[:3]).shape == distance.inverse_transform(X[:3]).shape == (3, 2)
     with pytest.raises(sbot.Unsupported, match="cost=None"):
@@ -123,13 +123,15 @@ def test_weights_are_repetitions(domains):
 
 
 def test_a_pipeline_scales_both_domains(domains):
-    X, y, target = domains
+    X, y, _ = domains
+    target = X[::-1] @ [[0.9, 0.3], [-0.3, 0.9]] + [0.0, 3.0]
+    seen = y[::-1]
     both = np.vstack([X, target]) * [1.0, 100.0]
     labels, domain = np.hstack([y, np.full(120, -1)]), np.repeat([1, -1], 120)
     pipe = make_pipeline(StandardScaler(), BridgeClassifier())
     pipe.fit(both, labels, bridgeclassifier__sample_domain=domain)
     assert set(pipe.classes_) == {0, 1}
-    assert pipe.score(target * [1.0, 100.0], y) > 0.95
+    assert pipe.score(target * [1.0, 100.0], seen) > 0.95
     moved = make_pipeline(StandardScaler(), BridgeTransport()).fit_transform(
         both, bridgetransport__sample_domain=domain
     )
@@ -174,13 +176,13 @@ def test_data_frames(domains):
         ({}, {"sample_domain": np.ones(120)}),
         ({}, {"sample_domain": np.ones(3)}),
         ({"target": np.zeros((4, 2))}, {"sample_domain": np.repeat([1, -1], 60)}),
-        ({}, {"sample_weight": np.zeros(120)}),
+        ({"target": np.zeros((0, 2))}, {}),
         ({}, {"sample_weight": np.full(120, -1.0)}),
     ],
     ids=str,
 )
 def test_bad_input(domains, options, fit):
-    with pytest.raises(ValueError, match=r"give|tol"):
+    with pytest.raises(ValueError, match=r"give|tol|minimum"):
         BridgeTransport(**options).fit(domains[0], **fit)
 
 
@@ -195,7 +197,7 @@ def test_before_and_after_the_interval(domains):
 
 def test_without_scikit_learn():
     code = (
-        "import sys; sys.modules['sklearn'] = sys.modules['sklearn.base'] = None\n"
+        "import sys; sys.modules['sklearn'] = None\n"
         "try: import sbot.compat.sklearn\n"
         "except ImportError as error: print('pip install' in str(error))\n"
     )

@@ -36,16 +36,16 @@ class SamplesLoss(torch.nn.Module):
     with ``C = |x - y|^2 / 2`` for p = 2 and ``|x - y|`` for p = 1, ``eps = blur^p`` and ``rho = reach^p``; by default debiased:
     ``OT(a, b) - OT(a, a) / 2 - OT(b, b) / 2 + eps (m_a - m_b)^2 / 2``.
 
-    The call is ``loss(x, y)``, ``loss(a, x, b, y)`` or ``loss(l_x, a, x, l_y, b, y)``, with points ``(N, D)`` or ``(B, N, D)`` and
-    weights ``(N,)`` or ``(B, N)``; it returns ``()`` or ``(B,)``, or with ``potentials=True`` two tensors shaped as the weights.
+    The call is ``loss(x, y)``, ``loss(a, x, b, y)`` or ``loss(l_x, a, x, l_y, b, y)``, with points ``(N, D)`` or ``(B, N, D)``
+    and weights ``(N,)`` or ``(B, N)``; it returns ``()`` or ``(B,)``, or with ``potentials=True`` two tensors shaped as the weights.
 
     Parameters
     ----------
     loss : "sinkhorn"; "hausdorff", "energy", "gaussian" and "laplacian" are forwarded to GeomLoss where it is installed.
     p : 1 or 2; with a ``cost`` of your own any exponent > 0, for blur and reach.
     blur, reach : ``eps = blur^p``; ``rho = reach^p``, None for hard marginals.
-    diameter, scaling, truncate, cluster_scale : how GeomLoss anneals, and what its multiscale scheme leaves out.  They are checked
-        and have nothing to set: the solve here ends when the marginals are met, and leaves nothing out.
+    diameter, scaling, truncate, cluster_scale : how GeomLoss anneals, and what its multiscale scheme leaves out.  They are
+        checked and have nothing to set: the solve here ends when the marginals are met, and leaves nothing out.
     cost : None, a function ``(B, N, D), (B, M, D) -> (B, N, M)``, or GeomLoss's own two KeOps formulas.
     kernel : for the forwarded losses only.
     debias, potentials : as above; debiased potentials are ``f_ba - f_aa`` and ``g_ab - g_bb``.
@@ -119,7 +119,7 @@ class SamplesLoss(torch.nn.Module):
     def _solve(self, a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Transport:
         eps = float(self.blur) ** self.p
         rho = INF if self.reach is None else float(self.reach) ** self.p
-        solver = self.solver or Sinkhorn(**({"memory": 0} if self.backend == "online" else {}))
+        solver = self.solver or (Sinkhorn(memory=0) if self.backend == "online" else Sinkhorn())
         own = (self._cost(x, x), self._cost(y, y)) if self.debias else (None, None)
         costs = self._cost(x, y), *(_even(cost) if isinstance(cost, Tensor) else cost for cost in own)
         x, y, a, b = (part.float() if part.dtype in HALF else part for part in (x, y, a, b))
@@ -236,7 +236,9 @@ def _check_shapes(labels: tuple[Any, Any], a: Tensor, x: Tensor, b: Tensor, y: T
     for name, w, points in (("a", a, x), ("b", b, y)):
         want = tuple(points.shape[:-1])
         if tuple(w.shape) not in (want, (*want, 1)) or w.ndim != (a.ndim):
-            raise InvalidProblem(f"{name} has shape {tuple(w.shape)}; give {want} or {(*want, 1)}, as the other weights")
+            raise InvalidProblem(
+                f"{name} has shape {tuple(w.shape)}; give {want} or {(*want, 1)}, as the other weights"
+            )
     for name, label, points in (("l_x", labels[0], x), ("l_y", labels[1], y)):
         if label is None:
             continue

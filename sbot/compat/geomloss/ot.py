@@ -310,7 +310,9 @@ def _floating(part: Any, name: str) -> Tensor:
 class LinearOperator:
     """A matrix that is applied and not stored: ``operator @ v`` for v ``(M, ...)`` or ``(B, M, ...)``."""
 
-    def __init__(self, apply: Callable[[Tensor, bool], Tensor], n: tuple[int, ...], m: tuple[int, ...], library: _Library):
+    def __init__(
+        self, apply: Callable[[Tensor, bool], Tensor], n: tuple[int, ...], m: tuple[int, ...], library: _Library
+    ):
         self._apply, self._n, self._m, self._library = apply, n, m, library
 
     @property
@@ -489,7 +491,9 @@ class OTResult:
         moving = self._transport.moving(self.bridge)
         if moving is not self.bridge:
             return self._library.back(moving.plan().sum(-1 - side))
-        return self._library.back(self.bridge.apply(torch.ones_like(self._sides[1 - side].weights), transpose=bool(side)))
+        return self._library.back(
+            self.bridge.apply(torch.ones_like(self._sides[1 - side].weights), transpose=bool(side))
+        )
 
     def _displacement(self, side: int) -> Any:
         here, there = self._sides[side].points, self._sides[1 - side].points

@@ -1,7 +1,7 @@
 """A pytest plugin that puts sbot's functions in the place of GeomLoss's, in every module that holds them, and counts the calls.
 
-``SBOT_SWAP`` says what is put there: "theirs" (the originals, counted), "ours", "both" (ours; theirs is called too, and the largest
-deviation of the values is kept), or "impostor" (the value of the independent coupling, which the tests must find out).
+``SBOT_SWAP`` says what is put there: "theirs" (the originals, counted), "ours", "both" (ours; theirs is called too, and the
+largest deviation of the values is kept), or "impostor" (the value of the independent coupling, which the tests must find out).
 ``SBOT_SWAP_LOG`` is a file that the counts are written to.
 """
 

@@ -1,6 +1,7 @@
 """GeomLoss's own tests, from its public source, with sbot's functions in the place of its own.
 
-``SBOT_GEOMLOSS_SOURCE`` names a checkout of github.com/jeanfeydy/geomloss; nothing is fetched.  Counts are in docs/compat/geomloss.md.
+``SBOT_GEOMLOSS_SOURCE`` names a checkout of github.com/jeanfeydy/geomloss; nothing is fetched.  The counts are in
+docs/compat/geomloss.md.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ pytestmark = [
 ]
 
 
-def run(mode: str, folder: Path, *options: str) -> tuple[int, dict[str, int], str]:
+def run(mode: str, folder: Path) -> tuple[int, dict[str, int], str]:
     """Exit status of the tests, the calls that reached what was put in place, and the output."""
     log = folder / f"{mode}.json"
     path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    plugins = ("-p", "no:cacheprovider", "-p", "geomloss_swap")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider", "-p", "geomloss_swap"]
-        + ["-c", os.devnull, "--rootdir", SOURCE, *options, "tests"],
+        [sys.executable, "-m", "pytest", "-q", "--tb=line", *plugins, "-c", os.devnull, "--rootdir", SOURCE, "tests"],
         cwd=SOURCE,
         env={**os.environ, "PYTHONPATH": path, "SBOT_SWAP": mode, "SBOT_SWAP_LOG": str(log), "OMP_NUM_THREADS": "1"},
         capture_output=True,
