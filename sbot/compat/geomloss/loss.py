@@ -37,7 +37,8 @@ class SamplesLoss(torch.nn.Module):
     ``OT(a, b) - OT(a, a) / 2 - OT(b, b) / 2 + eps (m_a - m_b)^2 / 2``.
 
     The call is ``loss(x, y)``, ``loss(a, x, b, y)`` or ``loss(l_x, a, x, l_y, b, y)``, with points ``(N, D)`` or ``(B, N, D)``
-    and weights ``(N,)`` or ``(B, N)``; it returns ``()`` or ``(B,)``, or with ``potentials=True`` two tensors shaped as the weights.
+    and weights ``(N,)`` or ``(B, N)``; it returns ``()`` or ``(B,)``, or with
+    ``potentials=True`` two tensors shaped as the weights.
 
     Parameters
     ----------
