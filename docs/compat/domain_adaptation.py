@@ -36,7 +36,9 @@ bridge = BridgeTransport(target=Z, **search.best_params_).fit(X)
 fig, axes = plt.subplots(1, 3, figsize=(12, 4), sharex=True, sharey=True)
 grid = np.stack(np.meshgrid(np.linspace(-2, 2.5, 200), np.linspace(-1.5, 2.5, 200)), -1)
 for axis, model, title in ((axes[0], plain, "before"), (axes[2], adapted, "after")):
-    axis.contourf(*grid.transpose(2, 0, 1), model.predict(grid.reshape(-1, 2)).reshape(200, 200), alpha=0.2, cmap="coolwarm")
+    axis.contourf(
+        *grid.transpose(2, 0, 1), model.predict(grid.reshape(-1, 2)).reshape(200, 200), alpha=0.2, cmap="coolwarm"
+    )
     axis.scatter(*Z.T, c=z, s=8, cmap="coolwarm")
     axis.set_title(f"{title}: {model.score(Z, z):.0%} of the target")
 for t in (0, 0.5, 1):
