@@ -124,7 +124,9 @@ class SamplesLoss(torch.nn.Module):
         own = (self._cost(x, x), self._cost(y, y)) if self.debias else (None, None)
         costs = self._cost(x, y), *(_even(cost) if isinstance(cost, Tensor) else cost for cost in own)
         x, y, a, b = (part.float() if part.dtype in HALF else part for part in (x, y, a, b))
-        return Transport((x, a), (y, b), costs, eps, (rho, rho), self.debias, solver, True if self.verbose else None)
+        return Transport(
+            (x, a), (y, b), costs, eps, (rho, rho), self.debias, solver, True if self.verbose else None, self.potentials
+        )
 
     def _cost(self, x: Tensor, y: Tensor) -> Any:
         """The cost between two clouds as the core takes it; None for its own."""

@@ -48,6 +48,7 @@ class Transport:
         debias: bool,
         solver: Sinkhorn,
         progress: Any = None,
+        fine: bool = True,
     ) -> None:
         if _is_small(alpha[1], beta[1]) and not callable(costs[0]):
             alpha, beta = (_wide(alpha[0]), alpha[1].double()), (_wide(beta[0]), beta[1].double())
@@ -57,7 +58,11 @@ class Transport:
         if self.hard:
             beta = beta[0], _levelled(alpha[1], beta[1])
         self.ends = Discrete(*alpha), Discrete(*beta)
-        self._options: dict[str, Any] = {"relax": relax, "solver": _fine(solver, alpha[1].dtype), "progress": progress}
+        self._options: dict[str, Any] = {
+            "relax": relax,
+            "solver": _fine(solver, alpha[1].dtype) if fine else solver,
+            "progress": progress,
+        }
         self._own_tol = solver.tol is None
         self._moving: dict[int, Bridge] = {}
 
