@@ -1,1 +1,1 @@
-"""Names and units of other libraries over the solvers of sbot, one module for each library."""
+"""Drop-in functions for other libraries: a compat module translates names, units and shapes, and computes nothing."""
