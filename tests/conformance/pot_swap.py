@@ -17,7 +17,6 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
-import ot
 import torch
 
 import sbot.compat.pot as ours
