@@ -266,10 +266,7 @@ def test_warm_starts(problem, method):
     a, b, M = problem
     plan, log = ot.sinkhorn(a, b, M, 0.02, method=method, log=True)
     key = "niter" if "niter" in log else "n_iter"
-    if "warmstart" in log:
-        start = log["warmstart"]
-    else:
-        start = np.log(log["u"]), np.log(log["v"])
+    start = log["warmstart"] if "warmstart" in log else (np.log(log["u"]), np.log(log["v"]))
     again, warm = ot.sinkhorn(a, b, M, 0.02, method=method, log=True, warmstart=start)
     close(again, plan, 1e-7)
     assert warm[key] <= 1 < log[key]
@@ -317,7 +314,7 @@ def test_wrong_arguments(problem, call, message):
 
 
 def test_unknown_keywords_are_errors_that_list_the_known_ones(problem):
-    with pytest.raises(TypeError, match="unknown argument 'numIter'; .*strict"):
+    with pytest.raises(TypeError, match=r"unknown argument 'numIter'; .*strict"):
         ot.sinkhorn(*problem, 0.1, numIter=3)
     ot.sinkhorn(*problem, 0.1, tau=100.0, print_period=3)
 
@@ -728,7 +725,7 @@ def test_arrays_of_other_libraries_go_to_pot(problem):
     class Foreign:
         __module__ = "jax.somewhere"
 
-    a, b, M = problem
+    a, b, _ = problem
     with pytest.raises((ValueError, TypeError)):  # POT's own refusal
         ot.sinkhorn(a, b, Foreign(), 0.1)
     with pytest.raises(ValueError, match="NumPy arrays, torch tensors and lists"):

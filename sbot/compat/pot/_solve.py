@@ -45,8 +45,8 @@ DID_NOT_CONVERGE = (
     "Sinkhorn did not converge. You might want to increase the number of iterations `numItermax` or the "
     "regularization parameter `reg`."
 )
-#: Numerical knobs of POT's methods: taken, and of no effect here.
-KNOBS = ("tau", "print_period", "epsilon0", "numInnerItermax")
+#: Numerical knobs of POT's methods, and what its own functions pass along: taken, and of no effect here.
+KNOBS = ("tau", "print_period", "epsilon0", "numInnerItermax", "method", "tol_abs", "tol_rel")
 
 _strict: ContextVar[bool] = ContextVar("sbot.compat.pot.strict", default=False)
 
@@ -136,32 +136,36 @@ def _outside() -> int:
 
 @dataclass(frozen=True)
 class Ask:
-    """How far to go: POT's tolerance on the marginal, its number of iterations, where to start (log u, log v), a finer goal."""
+    """POT's tolerance on the marginal and number of iterations, a start (log u, log v), a finer goal and its floor."""
 
     stop: float
     iterations: int
     warm: tuple[Tensor, Tensor] | None = None
     goal: float = math.inf
+    least: float = 0.0
 
     def solver(self, mass: float) -> Sinkhorn:
-        tolerance = min(as_number(self.stop, "stopThr"), self.goal) / max(mass, 1e-300)
+        tolerance = max(min(as_number(self.stop, "stopThr"), self.goal), self.least) / max(mass, 1e-300)
         most = self.iterations
         if isinstance(most, bool) or not isinstance(most, (int, np.integer)) or most < 1:
             raise ValueError(f"numItermax is {most!r}; give an integer >= 1")
         return Sinkhorn(tol=max(tolerance, 0.0), max_iter=PACE * int(most))
 
 
-def couple(a: Any, b: Any, cost: Any, reg: Any, ask: Ask, relax: tuple[float, float] | None = None) -> Solved:
+def couple(
+    a: Any, b: Any, cost: Any, reg: Any, ask: Ask, relax: tuple[float, float] | None = None, mass: float | None = None
+) -> Solved:
     """Solve between weights with a cost matrix, or between pairs (points, weights) with a cost."""
+    partial: dict[str, Any] = {} if mass is None else {"mass": mass}
     try:
         with full_precision(), warnings.catch_warnings():
             warnings.simplefilter("ignore", NotConverged)
             warnings.simplefilter("ignore", PrecisionWarning)
-            problem = Problem.of(a, b, reg, cost=cost, relax=relax)
+            problem = Problem.of(a, b, reg, cost=cost, relax=relax, **partial)
             assert isinstance(problem.mu, Discrete)
-            mass = float(problem.mu.mass.detach().max())
+            whole = float(problem.mu.mass.detach().max())
             init = None if ask.warm is None else _start(problem, *ask.warm)
-            bridge = ask.solver(mass).solve(problem, init=init)
+            bridge = ask.solver(whole).solve(problem, init=init)
     except InvalidProblem as fault:
         raise InvalidProblem(_in_their_words(str(fault))) from None
     assert isinstance(bridge, PotentialBridge)

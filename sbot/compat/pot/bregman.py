@@ -373,7 +373,7 @@ def empirical_sinkhorn(
     **kwargs: Any,
 ) -> Any:
     """`sinkhorn` between samples ``(ns, d)`` and ``(nt, d)``; with ``isLazy=True`` the log-scalings (f, g), without a plan."""
-    options(kwargs, "method")
+    options(kwargs)
     chosen = _method(kwargs.get("method", "sinkhorn"))
     call = Call(chosen, numIterMax, stopThr, verbose, log, warn, warmstart)
     return empirical_plan(call, X_s, X_t, reg, a, b, metric, isLazy, batchSize)
@@ -398,7 +398,7 @@ def empirical_sinkhorn2(
     **kwargs: Any,
 ) -> Any:
     """The value ``<P, M>`` of `empirical_sinkhorn`."""
-    options(kwargs, "method")
+    options(kwargs)
     chosen = _method(kwargs.get("method", "sinkhorn"), KNOPP, LOG, STABLE)
     call = Call(chosen, numIterMax, stopThr, verbose, log, warn, warmstart, value=True)
     return empirical_value(call, X_s, X_t, reg, a, b, metric, isLazy, batchSize)
@@ -424,7 +424,7 @@ def empirical_sinkhorn_divergence(
 
     POT leaves the entropies out of the values; ``strict=True`` does too.
     """
-    options(kwargs, "method", "isLazy", "batchSize")
+    options(kwargs, "isLazy", "batchSize")
     chosen = _method(kwargs.get("method", "sinkhorn"), KNOPP, LOG, STABLE)
     call = Call(chosen, numIterMax, stopThr, verbose, log, warn, warmstart, value=True)
     lazy, size = kwargs.get("isLazy", False), kwargs.get("batchSize", 100)
