@@ -39,7 +39,7 @@ PACKAGE = str(Path(__file__).parents[2])
 #: An iteration here is cheaper than one of POT's and half of them go before the last eps: so many count as one of POT's.
 PACE = 10
 #: Above this share of the spread of the costs an eps needs a handful of passes, which is less than a model takes to make.
-MILD = 0.05
+MILD = 0.1
 HARD = (math.inf, math.inf)
 #: Relative difference of the masses that is taken for rounding, by dtype; beyond it the caller is told.
 ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-5}

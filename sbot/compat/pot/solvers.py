@@ -115,11 +115,12 @@ def solve(
     if unbalanced is not None:
         part = relaxed(a, b, M, reg, pair(unbalanced), reference, False, ask)
         part = replace(part, solved=_unrolled(part.solved, grad))
+        without_masses = is_strict()  # of the call, not of when the value is looked at
         solved = part.solved
         solved.complain(True)
         solved.show(verbose)
         parts: dict[str, Callable[[], Any]] = {
-            "value": lambda: part.theirs if is_strict() else part.total,
+            "value": lambda: part.theirs if without_masses else part.total,
             "value_linear": lambda: _attached(part.linear, grad),
             "plan": lambda: _attached(part.plan, grad),
             "potentials": lambda: tuple(_attached(log, grad) for log in part.logs()),
