@@ -146,6 +146,8 @@ class Swap:
         left = difference(fine, tight)
         if left <= CLOSE:
             self.verdicts["agree where POT is run to the end"] += 1
+        elif any("umerical errors" in text for text in complained):
+            self._note("POT failed numerically", name, kwargs, left)
         elif any("did not converge" in text for text in complained):
             self._note("POT does not converge in 5000 iterations", name, kwargs, left)
         else:

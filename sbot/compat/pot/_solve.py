@@ -168,20 +168,20 @@ def couple(
             assert isinstance(problem.mu, Discrete)
             whole = float(problem.mu.mass.detach().max())
             init = None if ask.warm is None else _start(problem, *ask.warm)
-            bridge = replace(ask.solver(whole), **_storage(problem)).solve(problem, init=init)
+            bridge = replace(ask.solver(whole), memory=_storage(problem)).solve(problem, init=init)
     except InvalidProblem as fault:
         raise InvalidProblem(_in_their_words(str(fault))) from None
     assert isinstance(bridge, PotentialBridge)
     return Solved(bridge, ask.stop)
 
 
-def _storage(problem: Problem) -> dict[str, int]:
+def _storage(problem: Problem) -> int:
     """No model of the plan where few passes over the matrix will do: at an eps that is not small."""
     cost = problem.cost
     if not isinstance(cost, MatrixCost) or cost.forbids or problem.batch_shape or problem.relax != HARD:
-        return {}
+        return Sinkhorn.memory
     low, high = torch.aminmax(cost.values.detach())
-    return {"memory": 0} if problem.eps >= MILD * float(high - low) else {}
+    return 0 if problem.eps >= MILD * float(high - low) else Sinkhorn.memory
 
 
 def _start(problem: Problem, log_u: Tensor, log_v: Tensor) -> PotentialBridge:
