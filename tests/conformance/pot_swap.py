@@ -133,9 +133,8 @@ class Swap:
             self._note("POT failed numerically", name, kwargs, gap)
             return
         bound = inspect.signature(theirs).bind(*args, **kwargs)
-        for key, value in TIGHT.items():
-            if key in inspect.signature(theirs).parameters:
-                bound.arguments[key] = value
+        known = inspect.signature(theirs).parameters
+        bound.arguments.update({key: value for key, value in TIGHT.items() if key in known})
         try:
             with ours.strict():
                 fine, _ = _quiet(mine, bound.args, bound.kwargs)
