@@ -1,0 +1,111 @@
+"""Run POT's own tests with its entropic functions swapped for sbot's: ``python -m tests.conformance.pot --tests DIR``.
+
+DIR is POT's ``test`` folder, from its public source.  Nothing is fetched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = (
+    "test_bregman.py",
+    "unbalanced/test_sinkhorn.py",
+    "test_da.py",
+    "test_solvers.py",
+    "test_partial.py",
+    "batch/test_solve_batch.py",
+)
+#: Tests of POT that pin one of its defects, or that what is solved here cannot be.
+PINNED = ("test_empirical_sinkhorn_divergence[", "test_solve_sample_NotImplemented[")
+
+
+def run(tests: Path, mode: str, files: tuple[str, ...] = FILES, select: str = "") -> dict[str, Any]:
+    """One run of pytest in a process of its own; what `pot_swap.Plugin` wrote."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "report.json"
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "SBOT_CONFORMANCE_MODE": mode,
+            "SBOT_CONFORMANCE_OUT": str(out),
+            **{f"POT_BACKEND_DISABLE_{name}": "1" for name in ("JAX", "TENSORFLOW", "CUPY")},
+        }
+        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "tests.conformance.pot_swap"]
+        command += ["-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(tests)]
+        command += ["-k", select] if select else []
+        done = subprocess.run(
+            [*command, *(str(tests / file) for file in files)],
+            env=environment,
+            cwd=tests,
+            capture_output=True,
+            text=True,
+        )
+        if not out.exists():
+            raise RuntimeError(f"the tests did not run:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
+        report: dict[str, Any] = json.loads(out.read_text())
+        report["output"] = done.stdout
+        return report
+
+
+def summary(report: dict[str, Any]) -> str:
+    outcomes = list(report["outcomes"].values())
+    counts = ", ".join(f"{outcomes.count(kind)} {kind}" for kind in ("passed", "failed", "skipped"))
+    lines = [f"{report['mode']}: {counts}; {sum(report['calls'].values())} calls, {report['solves']} solves by sbot"]
+    lines += [f"  {count:6d} {verdict}" for verdict, count in sorted(report["verdicts"].items())]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tests", type=Path, default=os.environ.get("SBOT_POT_TESTS"), help="POT's test folder")
+    parser.add_argument("--modes", default="pot,sbot,differential,wrong")
+    parser.add_argument("--select", default="", help="as pytest -k")
+    parser.add_argument("--files", default=",".join(FILES))
+    parser.add_argument("--out", type=Path, help="a folder for the reports, as JSON")
+    asked = parser.parse_args()
+    if not asked.tests or not Path(asked.tests).is_dir():
+        print("skipped: POT's tests are not here; give --tests or SBOT_POT_TESTS, the folder test/ of POT's source")
+        return 0
+    reports = {}
+    for mode in asked.modes.split(","):
+        reports[mode] = run(Path(asked.tests).resolve(), mode, tuple(asked.files.split(",")), asked.select)
+        print(summary(reports[mode]), flush=True)
+        if asked.out:
+            asked.out.mkdir(parents=True, exist_ok=True)
+            (asked.out / f"{mode}.json").write_text(json.dumps(reports[mode], indent=1))
+    return verdict(reports)
+
+
+def verdict(reports: dict[str, dict[str, Any]]) -> int:
+    """0 where sbot passes what POT passes, agrees with it, and the wrong drop-in does not."""
+    bad = 0
+    if "sbot" in reports:
+        theirs = reports.get("pot", {}).get("outcomes", {})
+        for test, outcome in reports["sbot"]["outcomes"].items():
+            if outcome == "failed" and theirs.get(test, "passed") == "passed":
+                pinned = any(name in test for name in PINNED)
+                print(f"fails with sbot only: {test}{' (pins a defect of POT)' if pinned else ''}")
+                bad += not pinned
+        if not reports["sbot"]["solves"]:
+            print("nothing reached sbot: the swap did nothing")
+            bad += 1
+    for found in reports.get("differential", {}).get("differences", ()):
+        if found["verdict"] == "differ":
+            print(f"differs by {found['gap']:.1e}: {found['name']} {found['options']} in {found['test']}")
+            bad += 1
+    if "wrong" in reports and not reports["wrong"]["verdicts"].get("differ"):
+        print("the independent coupling was not noticed")
+        bad += 1
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
