@@ -41,6 +41,7 @@ class Case:
     without: tuple[str, ...] = ()
     seen: tuple[str, ...] = ()
     unseen: tuple[str, ...] = ()
+    most: float = INF  # passes over the cost: a step in a wrong direction is taken back, and shows in nothing else
     n: int = 40
     m: int = 30
     rel: float = 0.05
@@ -77,16 +78,16 @@ CASES = {
         set=ONLY_HALF_STEPS | SINGLE, without=("Newton",), seen=("over-relaxed", "dense float32")
     ),
     "Newton by conjugate gradients": Case(
-        set=FEW_HALF_STEPS, notes=("Newton steps",), seen=("conjugate gradients",), unseen=("factorised",), rel=0.02
+        set=FEW_HALF_STEPS, notes=("Newton steps",), seen=("conjugate gradients",), unseen=("factorised",), rel=0.02, most=30
     ),
     "Newton on a sparse model": Case(
-        set=FEW_HALF_STEPS | SPARSE, notes=("Newton steps",), seen=("conjugate gradients", "sparse"), rel=0.01
+        set=FEW_HALF_STEPS | SPARSE, notes=("Newton steps",), seen=("conjugate gradients", "sparse"), rel=0.01, most=30
     ),
     "Newton on a single model": Case(
-        set=FEW_HALF_STEPS | SINGLE, notes=("Newton steps",), seen=("conjugate gradients", "dense float32"), rel=0.02
+        set=FEW_HALF_STEPS | SINGLE, notes=("Newton steps",), seen=("conjugate gradients", "dense float32"), rel=0.02, most=30
     ),
     "Newton factorised": Case(
-        set=FEW_HALF_STEPS | {"sinkhorn.Newton": Short}, notes=("Newton steps",), seen=("factorised",), rel=0.02
+        set=FEW_HALF_STEPS | {"sinkhorn.Newton": Short}, notes=("Newton steps",), seen=("factorised",), rel=0.02, most=30
     ),
     "Anderson": Case({"memory": 0, "anneal": None}, notes=("streamed", "passes"), seen=("Anderson",)),
     "Anderson, annealed": Case({"memory": 0}, notes=("streamed", "3 values"), seen=("Anderson",), rel=0.02),
@@ -94,11 +95,11 @@ CASES = {
         {"memory": 0}, set=COARSE | {"cells.SMOOTH": 0.0}, notes=("between 30 and 22 of the atoms", "streamed"), **BIG
     ),
     "start from cells, corrected": Case(
-        {"memory": 40_000}, set=COARSE, notes=("between 32 and 32 cells", "streamed"), seen=("corrected",), **BIG
+        {"memory": 40_000}, set=COARSE, notes=("between 32 and 32 cells", "streamed"), seen=("corrected",), most=15, **BIG
     ),
     "float32": Case(dtype=torch.float32, seen=("dense float64",)),
     "float32, streamed": Case({"memory": 0}, dtype=torch.float32, notes=("streamed",), seen=("Anderson",)),
-    "float32, Newton": Case(set=FEW_HALF_STEPS, dtype=torch.float32, notes=("Newton",), rel=0.02),
+    "float32, Newton": Case(set=FEW_HALF_STEPS, dtype=torch.float32, notes=("Newton",), rel=0.02, most=30),
     "float32, sparse": Case(set=SPARSE, dtype=torch.float32, seen=("sparse",), rel=0.01),
 }  # fmt: skip
 
@@ -163,6 +164,7 @@ def test_every_strategy_ends_at_the_plain_solution(name, rho, seen, generator, m
     assert all(words in said for words in case.notes), said
     assert not any(words in said for words in case.without), said
     assert all(seen[what] for what in case.seen) and not any(seen[what] for what in case.unseen), (said, seen)
+    assert int(said.split()[-5]) <= case.most, said
     a, b = a.double(), b.double()
     b = b * a.sum() / b.sum() if rho == (INF, INF) else b
     want = plain(c, a, b, eps, rho)
