@@ -163,7 +163,7 @@ def test_the_value_grows_with_eps_and_no_plan_is_below_the_dual(p, factor):
 @laws
 @given(wide, st.integers(1, 4), st.booleans())
 def test_a_batch_is_its_problems(p, count, own_eps):
-    x, a, y, b, unit, gen = spread(p, (count,))
+    x, a, y, b, unit, _ = spread(p, (count,))
     eps = p["rel"] * unit * torch.logspace(0, 1, count, dtype=torch.float64)
     eps = eps if own_eps else float(eps[0])
     batch = settled(p, (x, a), (y, b), unit, eps=eps)
