@@ -1,0 +1,98 @@
+"""Gradients of the value and Hessian-vector products against central differences: every mode, cost and dtype in one table."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import sbot
+
+from ..conftest import clouds, half_squares, weights
+
+INF = math.inf
+EPS = 0.4
+#: float64 solves to rounding, float32 ones to about what the dtype can reach
+SOLVERS = {torch.float64: sbot.Sinkhorn(tol=1e-14), torch.float32: sbot.Sinkhorn(tol=2e-6)}
+MODES = {"balanced": None, "relaxed": (1.0, 0.7), "mu relaxed": (0.8, INF), "nu relaxed": (INF, 0.8)}
+COSTS = {
+    "quadratic": None,
+    "l1": sbot.Lp(1),
+    "l2^1.5": sbot.Lp(2, power=1.5),
+    "cosine": sbot.Cosine(),
+    "callable": lambda x, y: ((x[..., :, None, :] - y[..., None, :, :]).square().sum(-1) + 0.5).log(),
+    "matrix": half_squares,
+}
+
+
+def data(cost, generator):
+    """What the value depends on: points or a matrix, and weights; and a direction for each, that keeps the masses."""
+    x, y = clouds(5, 6, 2, generator)
+    places = [half_squares(x, y)] if cost == "matrix" else [x + 2, y + 2]
+    inputs = [*places, weights(5, generator=generator), weights(6, generator=generator)]
+    ways = [torch.rand(part.shape, generator=generator, dtype=torch.float64) - 0.5 for part in inputs]
+    return inputs, [way if k < len(places) else way - way.mean() for k, way in enumerate(ways)]
+
+
+def solve(cost, mode, inputs):
+    *places, a, b = inputs
+    options = {"relax": MODES[mode], "solver": SOLVERS[a.dtype]}
+    if cost == "matrix":
+        return sbot.solve_bridge(a, b, EPS, cost=places[0], **options)
+    return sbot.solve_bridge((places[0], a), (places[1], b), EPS, cost=COSTS[cost], **options)
+
+
+def gradient(cost, mode, inputs, graph=False):
+    leaves = [part.clone().requires_grad_() for part in inputs]
+    bridge = solve(cost, mode, leaves)
+    value = bridge.differentiable().cost() if graph else bridge.cost()
+    return leaves, torch.autograd.grad(value, leaves, create_graph=graph)
+
+
+def differences(cost, mode, inputs, ways, of, step=1e-5):
+    """Of a function of the inputs, along all of ``ways`` at once."""
+    ends = [of([part + sign * step * way for part, way in zip(inputs, ways, strict=True)]) for sign in (1, -1)]
+    return [(plus - minus) / (2 * step) for plus, minus in zip(*ends, strict=True)]
+
+
+table = [
+    pytest.mark.parametrize("cost", COSTS),
+    pytest.mark.parametrize("mode", MODES),
+    pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"]),
+]
+
+
+def tabled(test):
+    for mark in table:
+        test = mark(test)
+    return test
+
+
+@tabled
+def test_gradients(cost, mode, dtype, generator):
+    """Input by input, against differences of float64 solves."""
+    inputs, ways = data(cost, generator)
+    grads = gradient(cost, mode, [part.to(dtype) for part in inputs])[1]
+    for k, grad in enumerate(grads):
+        assert grad.dtype == dtype
+        only = [way if i == k else torch.zeros_like(way) for i, way in enumerate(ways)]
+        (want,) = differences(cost, mode, inputs, only, lambda parts: [solve(cost, mode, parts).cost()])
+        have, scale = float((grad.double() * ways[k]).sum()), float((grad.abs().double() * ways[k].abs()).sum())
+        assert abs(have - float(want)) <= (1e-8 if dtype == torch.float64 else 1e-5) * max(scale, 1e-2), k
+
+
+@tabled
+def test_hessian_vector_products(cost, mode, dtype, generator):
+    """Along all inputs at once, against differences of the gradient."""
+    inputs, ways = data(cost, generator)
+    leaves, grads = gradient(cost, mode, [part.to(dtype) for part in inputs], graph=True)
+    product = torch.autograd.grad(sum((g * w.to(dtype)).sum() for g, w in zip(grads, ways, strict=True)), leaves)
+    want = differences(cost, mode, inputs, ways, lambda parts: gradient(cost, mode, parts)[1])
+    for k, (have, expected) in enumerate(zip(product, want, strict=True)):
+        assert have.dtype == dtype
+        have = have.double()
+        if mode == "balanced" and k >= len(inputs) - 2:  # weights move within equal masses
+            have, expected = have - have.mean(), expected - expected.mean()
+        error, scale = float((have - expected).abs().max()), float(expected.abs().max())
+        assert error <= (1e-7 if dtype == torch.float64 else 1e-4) * max(scale, 1e-1), k
