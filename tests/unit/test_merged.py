@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import ot
 import pytest
 import torch
 
 import sbot
+from sbot.kernels import make_kernel
+from sbot.solvers.halfsteps import State
+from sbot.solvers.newton import Newton
 
 from ..conftest import clouds, half_squares
 
@@ -54,3 +59,51 @@ def test_a_bridge_that_was_moved_follows_the_data(generator):
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         (got,) = torch.autograd.grad(bridge.to(dtype=dtype).transport().square().sum(), x, retain_graph=True)
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("options", [{}, {"relax": 0.5}, {"mass": 0.5}], ids=str)
+def test_a_start_may_have_atoms_that_nothing_reaches(options, generator):
+    x, y = clouds(5, 6, 2, generator)
+    c = half_squares(x, y)
+    c[1:, 2] = torch.inf
+    a, b = torch.full((5,), 0.25, dtype=torch.float64), torch.full((6,), 0.2, dtype=torch.float64)
+    a[0] = b[2] = 0  # the pair of the two is all that is left to either
+    first = sbot.solve_bridge(a, b, 0.1, cost=c, **options)
+    again = sbot.solve_bridge(a, b, 0.1, cost=c, init=first, **options)
+    torch.testing.assert_close(again.plan(), first.plan(), rtol=0, atol=1e-7)
+    path = sbot.solve_path(a, b, [1.0, 0.1], cost=c, **options)
+    torch.testing.assert_close(path[1].plan(), first.plan(), rtol=0, atol=1e-7)
+
+
+def test_paths_of_partial_plans(generator):
+    x, y = clouds(6, 8, 2, generator, (2,))
+    tight = sbot.Sinkhorn(tol=1e-11)
+    mass = torch.tensor([0.4, 0.8], dtype=torch.float64)
+    path = sbot.solve_path(x, y, [0.05, 1.0, 0.2], mass=mass, solver=tight)
+    for k, eps in enumerate([0.05, 1.0, 0.2]):
+        want = sbot.solve_bridge(x, y, eps, mass=mass, solver=tight)
+        torch.testing.assert_close(path[k].plan(), want.plan(), rtol=0, atol=1e-8)
+        torch.testing.assert_close(path.cost[k], want.cost())
+
+
+def test_a_start_of_another_form_is_refused_by_name(generator):
+    x, y = clouds(5, 6, 2, generator, (3,))
+    batch, one = sbot.solve_bridge(x, y, 0.5), sbot.solve_bridge(x[0], y[0], 0.5)
+    matrix = sbot.solve_bridge([0.5, 0.5], [0.5, 0.5], 0.5, cost=torch.eye(2))
+    with pytest.raises(sbot.InvalidProblem, match=r"init has batch \(3,\)"):
+        sbot.solve_bridge(x[0], y[0], 0.5, init=batch)
+    with pytest.raises(sbot.InvalidProblem, match=r"init has batch \(\)"):
+        sbot.solve_bridge(x, y, 0.5, init=one)
+    with pytest.raises(sbot.InvalidProblem, match="init has a cost matrix"):
+        sbot.solve_bridge(x[0], y[0], 0.5, init=matrix)
+
+
+def test_factors_are_not_taken_of_many_columns(generator):
+    x, y = clouds(4, 60, 2, generator)
+    kernel = make_kernel(sbot.Quadratic(), x, y)
+    a, b = torch.full((4,), 1 / 4, dtype=torch.float64), torch.full((60,), 1 / 60, dtype=torch.float64)
+    state = State(kernel, a, b, (math.inf, math.inf), torch.zeros_like(b), eps=50.0)
+    state.settle()
+    rest = state.goal() - state.columns
+    assert Newton(direct=1000).solution(state, rest) is None  # S has 3600 entries
+    assert Newton(direct=3600).solution(state, rest) is not None
