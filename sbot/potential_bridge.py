@@ -132,8 +132,8 @@ class PotentialBridge(Bridge):
         """``lower <= OT_0 <= upper`` for unregularised transport, whatever the solver reached; `Bounds`, in float64.
 
         From above the cost of `round`, from below ``<a, f> + <b, g>`` with ``f_i = min_j C_ij - g_j``.  Both close in on
-        ``OT_0`` like ``eps``; of a partial plan ``OT_0`` is over plans of its mass.  Raises `Unsupported` for relaxed marginals and
-        for marginals without atoms.
+        ``OT_0`` like ``eps``; of a partial plan ``OT_0`` is over plans of its mass.  Raises `Unsupported` for relaxed marginals
+        and for marginals without atoms.
         """
         return self.to(dtype=torch.float64).coupling.bounds()
 
