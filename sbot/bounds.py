@@ -4,6 +4,8 @@ From above, the cost of a plan with the right marginals (`rounding`).  From belo
 unregularised dual: any g with its hard transform,
 
 .. math:: f_i = \min_j C_{ij} - g_j, \qquad \langle a, f\rangle + \langle b, g\rangle \le OT_0.
+
+Of a partial plan each side is the least ``<r, f>`` over ``r <= a`` of the prescribed mass instead (`partial.support`).
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .kernels import COPIES, LogKernel
+from .partial import lowered, support
 
 
 @final
@@ -40,13 +43,17 @@ class Bounds(NamedTuple):
 
 
 @torch.no_grad()
-def lower_bound(kernel: LogKernel, a: Tensor, b: Tensor, f: Tensor, g: Tensor) -> Tensor:
-    """The better of the unregularised dual from g and from f, ``(*b,)``; two transforms each, after which nothing changes."""
+def lower_bound(kernel: LogKernel, a: Tensor, b: Tensor, f: Tensor, g: Tensor, mass: Tensor | None = None) -> Tensor:
+    """The better of the unregularised dual from g and from f, ``(*b,)``; two transforms each, after which nothing changes.
+
+    ``mass`` ``(*b,)`` is that of a partial plan, for which a and b are bounds.
+    """
     best = torch.full(a.shape[:-1], -math.inf, dtype=a.dtype, device=a.device)
     for side, here, there, start in ((kernel, a, b, g), (kernel.T, b, a, f)):
         near = _transform(side, start, there)
+        near = near if mass is None else lowered(near, here, mass)
         far = _transform(side.T, near, here)
-        best = torch.maximum(best, _paired(here, near) + _paired(there, far))
+        best = torch.maximum(best, _paired(here, near, mass) + _paired(there, far, mass))
     return best
 
 
@@ -57,5 +64,5 @@ def _transform(kernel: LogKernel, g: Tensor, b: Tensor) -> Tensor:
     return torch.cat([(kernel.entries(rows) - g).amin(-1) for rows in kernel.tiles()], -1)
 
 
-def _paired(a: Tensor, f: Tensor) -> Tensor:
-    return torch.where(a > 0, a * f, 0.0).sum(-1)
+def _paired(a: Tensor, f: Tensor, mass: Tensor | None) -> Tensor:
+    return torch.where(a > 0, a * f, 0.0).sum(-1) if mass is None else support(lowered(f, a, mass), a, mass)

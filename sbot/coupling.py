@@ -389,8 +389,8 @@ class DiscreteCoupling(Coupling):
                 "bounds() is about transport with both marginals hard, and here they are relaxed; solve without relax=, or "
                 "use cost() and gap(), which bracket the relaxed problem"
             )
-        f, g = self.dual_values()
-        return Bounds(lower_bound(self._kernel(), *self.target_marginals(), f, g), self.round().linear_cost())
+        (f, g), a, b = self.dual_values(), self._mu.weights.detach(), self._nu.weights.detach()
+        return Bounds(lower_bound(self._kernel(), a, b, f, g, self.problem.mass), self.round().linear_cost())
 
     @torch.no_grad()
     def draw(self, n: int, replace: bool, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:

@@ -67,6 +67,17 @@ def support(potential: Tensor, weights: Tensor, mass: Tensor) -> Tensor:
     return (weights * below).sum(-1) + mass.to(below) * top[..., 0]
 
 
+def lowered(potential: Tensor, weights: Tensor, mass: Tensor) -> Tensor:
+    """``min(f, t)`` for the t at which `support` is largest: that of the dearest atom of the cheapest ``mass``, ``(*b, n)``."""
+    height = torch.where(weights > 0, potential, torch.inf)
+    order = height.sort(-1)
+    held = weights.gather(-1, order.indices).cumsum(-1)
+    last = torch.searchsorted(held, mass.to(held)[..., None]).clamp(max=weights.shape[-1] - 1)
+    # rounding of the sums leads to no atom without weight
+    last = torch.minimum(last, (weights > 0).sum(-1, keepdim=True) - 1)
+    return torch.minimum(potential, order.values.gather(-1, last))
+
+
 def violation(sums: Tensor, weights: Tensor, height: Tensor, mass: Tensor) -> Tensor:
     """How far sums ``c`` are from optimal for potentials ``eps height``, relative to the mass, ``(*b,)``:
 

@@ -122,6 +122,7 @@ def solve_path(
     reference: Reference | None = None,
     cost: Any = None,
     relax: Any = None,
+    mass: Any = None,
     solver: Solver = Sinkhorn(),  # noqa: B008
     progress: Any = None,
 ) -> BridgePath:
@@ -131,7 +132,7 @@ def solve_path(
 
     Parameters
     ----------
-    mu, nu, reference, cost, relax : as for `solve_bridge`.
+    mu, nu, reference, cost, relax, mass : as for `solve_bridge`.
     eps_values : numbers > 0 in any order, at least one; the results come in this order.
     solver : `Sinkhorn`, with options if wanted.  Two Gaussians under a linear reference are solved in closed form.
     progress : as for `solve_bridge`; each solve reports.
@@ -155,7 +156,7 @@ def solve_path(
     """
     numbers = _numbers(eps_values)
     with full_precision():
-        problem = Problem.of(mu, nu, numbers[0], reference, cost, relax)
+        problem = Problem.of(mu, nu, numbers[0], reference, cost, relax, mass)
         problems = {eps: problem.with_eps(eps) for eps in sorted(numbers, reverse=True)}
         solver = _fitting(solver, problem)
         done: list[PotentialBridge] = []

@@ -71,9 +71,13 @@ class PotentialBridge(Bridge):
         if not isinstance(self.coupling, DiscreteCoupling) or not isinstance(self.psi, Atoms):
             raise Unsupported("derivatives in the data are known for atoms; Gaussians have theirs without this call")
         phi, psi = self.coupling.attached(None if unroll is None else as_count(unroll, "unroll"))
-        bridge = PotentialBridge(self.problem, phi, psi, self.report)
-        bridge._attached, bridge._eps = True, self.problem.free_eps
-        return bridge
+        return PotentialBridge(self.problem, phi, psi, self.report)._following(True)
+
+    def _following(self, attached: bool) -> PotentialBridge:
+        """This bridge, whose potentials follow the data where ``attached``: then atoms and eps do so too."""
+        if attached:
+            self._attached, self._eps = True, self.problem.free_eps
+        return self
 
     def _pick(self, index: tuple[int, ...]) -> PotentialBridge:
         whole, problem, report = self.problem.batch_shape, self.problem.pick(index), self.report
@@ -95,9 +99,7 @@ class PotentialBridge(Bridge):
                 converged=done,
                 reason="tolerance" if done else report.reason,
             )
-        bridge = PotentialBridge(problem, phi, psi, replace(report, notes=notes))
-        bridge._attached = self._attached
-        return bridge
+        return PotentialBridge(problem, phi, psi, replace(report, notes=notes))._following(self._attached)
 
     # ---- static ----------------------------------------------------------------------------------------------------
 
@@ -130,7 +132,8 @@ class PotentialBridge(Bridge):
         """``lower <= OT_0 <= upper`` for unregularised transport, whatever the solver reached; `Bounds`, in float64.
 
         From above the cost of `round`, from below ``<a, f> + <b, g>`` with ``f_i = min_j C_ij - g_j``.  Both close in on
-        ``OT_0`` like ``eps``.  Raises `Unsupported` for relaxed marginals and for marginals without atoms.
+        ``OT_0`` like ``eps``; of a partial plan ``OT_0`` is over plans of its mass.  Raises `Unsupported` for relaxed marginals
+        and for marginals without atoms.
         """
         return self.to(dtype=torch.float64).coupling.bounds()
 
@@ -384,7 +387,7 @@ class PotentialBridge(Bridge):
             self.phi.to(dtype=inner, device=device),
             self.psi.to(dtype=inner, device=device),
             self.report,
-        )
+        )._following(self._attached)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return pack(self.problem, self.phi, self.psi, self.report)

@@ -36,8 +36,8 @@ class Newton(Step):
     trust : no potential moves further in one step, in units of eps: the quadratic model says nothing beyond.
     inner : conjugate gradient iterations in one step, at most.
     cuts : times that a step is cut by four before it is given up.
-    near, direct : the error and the number of pairs up to which S is factorised where ``inner`` iterations did not do: groups
-        of atoms that share hardly any mass make it so ill-conditioned that conjugate gradients would go on for ever.
+    near, direct : the error and the size, of the plan and of S, up to which S is factorised where ``inner`` iterations did not
+        do: groups of atoms that share hardly any mass make it so ill-conditioned that conjugate gradients would go on for ever.
     ridge : the diagonal is raised by this share, times the error: far off, S is nearly singular on groups of atoms that hardly
         share mass.
     """
@@ -116,7 +116,9 @@ class Newton(Step):
         batches and partial plans, for large ones, and where S has no factor.
         """
         kernel, eps, lam = state.kernel, state.eps, state.damp[0]
-        if kernel.batch_shape or state.mass is not None or kernel.shape[0] * kernel.shape[1] > self.direct:
+        n, m = kernel.shape
+        # S is m x m however few atoms mu has
+        if kernel.batch_shape or state.mass is not None or max(n, m) * m > self.direct:
             return None
         r, goal = state.rows, state.goal()
         s, whole = goal.new_zeros((len(goal), len(goal))), torch.zeros_like(goal)

@@ -194,6 +194,8 @@ class Sinkhorn(Solver):
         g = torch.zeros_like(nu.weights)
         if init is not None:
             g = _warm(problem, init)
+            # an atom that nothing reaches has none
+            g = torch.where(torch.isfinite(g), g, 0.0)
             mean = mean.clamp(max=as_eps(init.problem.eps, mean))
         start = START * mean.to(problem.dtype) if isinstance(eps, Tensor) else START * float(mean.max())
         stages = [(eps, goal.tolerance)]
@@ -402,6 +404,14 @@ def _warm(problem: Problem, init: Bridge) -> Tensor:
             return g.values.to(dtype=problem.dtype, device=problem.device)
     if isinstance(problem.cost, MatrixCost):
         raise InvalidProblem("init has other atoms, where a matrix cost says nothing; give a bridge of the same size")
+    ours = problem.mu
+    numbered = isinstance(init.problem.cost, MatrixCost)
+    if numbered or (theirs.batch_shape, theirs.event_shape) != (ours.batch_shape, ours.event_shape):
+        what = "has a cost matrix" if numbered else f"has batch {theirs.batch_shape} and points {theirs.event_shape}"
+        raise InvalidProblem(
+            f"init {what}, and the problem has batch {ours.batch_shape} and points {ours.event_shape}; give a bridge of the "
+            "same form, or init=None"
+        )
     return g(points.to(dtype=init.problem.dtype, device=init.problem.device)).to(points)
 
 

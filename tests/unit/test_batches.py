@@ -171,7 +171,7 @@ A, H = torch.full((3, 6), 1 / 6), torch.full((3, 5), 0.2)
         ),
         (
             lambda: sbot.solve_bridge(A, torch.stack([H[0], H[0], torch.eye(5)[4]]), 0.1, cost=forbidden()),
-            r"atom \[2, 0\] of mu has weight but every pair",
+            r"atom \[0\] of mu in problem 2 of the batch has weight but every pair",
         ),
         (
             lambda: sbot.solve_bridge(A, torch.stack([H[0], 2 * H[0], H[0]]), 0.1, cost=torch.rand(6, 5)),
