@@ -137,6 +137,7 @@ class State:
         for name in ("f", "g", "rows", "columns"):
             getattr(self, name)[index] = getattr(part, name)
         self.iterations, self.passes = part.iterations, self.passes + part.passes
+        self.known = False  # the model is that of before
 
     def goal(self, log_v: Tensor | float = 0.0) -> Tensor:
         """What the columns should sum to: b, or ``b e^{-g / rho}`` where nu is relaxed, with g moved by ``eps log_v``.

@@ -213,7 +213,7 @@ def test_debiased_potentials_carry_derivatives(sample):
         {"kernel": torch.cdist},
         {"solver": 3},
     ],
-    ids=str,
+    ids=lambda options: next(iter(options)),
 )
 def test_bad_options(options):
     with pytest.raises(ValueError, match=r"give|takes"):
