@@ -120,7 +120,7 @@ class Sinkhorn(Solver):
             reason, counts = "max_iter", dict.fromkeys((Exact.name, HalfSteps.name, Newton.name), 0)
             for k, (eps, tolerance) in enumerate(stages):
                 last = k == len(stages) - 1
-                state.eps = eps
+                state.eps, state.slack = eps, goal.slack_at(tolerance)
                 watch = _Watch(state.largest, tolerance, last, goal.reach, history, report)
                 self._stage(state, last, watch, counts, problem if _may_forbid(problem) else None)
                 reason = watch.reason
@@ -438,6 +438,12 @@ class _Goal:
     slack: Eps = 1.0
     resolved: bool = True
     notes: tuple[str, ...] = ()
+
+    def slack_at(self, tolerance: float) -> Eps:
+        """The slack of a stage that is left at ``tolerance``: looser only for problems that have to be."""
+        if not isinstance(self.slack, Tensor):
+            return self.slack
+        return (self.slack * self.tolerance / tolerance).clamp(min=1.0)
 
 
 class _Watch:
