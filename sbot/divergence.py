@@ -103,7 +103,7 @@ def sinkhorn_divergence(
     >>> import torch, sbot
     >>> x = torch.tensor([[0.0], [1.0]], dtype=torch.float64, requires_grad=True)
     >>> value = sbot.sinkhorn_divergence(x, x.detach() + 2, eps=0.1)
-    >>> round(float(value), 6)                                  # for a translation |shift|^2 / 2, at any eps
+    >>> round(float(value.detach()), 6)                         # for a translation |shift|^2 / 2, at any eps
     2.0
     >>> torch.autograd.grad(value, x)[0].flatten()              # shift times the weight of each point
     tensor([-1.0000, -1.0000], dtype=torch.float64)

@@ -328,7 +328,7 @@ def test_histograms_with_a_cost_matrix(tmp_path: Path, kind: str) -> None:
         ("solve x.npy y.npz --out o", "--eps"),
         ("solve x.npy y.npz --eps 1", "--out"),
         ("solve x.npy --eps 1 --out o", "TARGET"),
-        ("solve x.npy y.npz --eps banana --out o", "not a valid float"),
+        ("solve x.npy y.npz --eps banana --out o", "is not a number, nor 'auto'"),
         ("solve x.npy y.npz --eps -1 --out o", "eps is -1"),
         ("solve x.npy y.npz --eps nan --out o", "eps is NaN"),
         ("solve x.npy y.npz --eps 1 --out o --frobnicate", "--frobnicate"),

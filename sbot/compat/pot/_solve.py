@@ -160,6 +160,8 @@ def couple(
 ) -> Solved:
     """Solve between weights with a cost matrix, or between pairs (points, weights) with a cost."""
     partial: dict[str, Any] = {} if mass is None else {"mass": mass}
+    if isinstance(reg, str):  # an "auto" of ours is none of theirs
+        raise InvalidProblem(f"reg is the string {reg!r}; give a number > 0 in the units of M")
     try:
         with full_precision(), warnings.catch_warnings():
             warnings.simplefilter("ignore", NotConverged)
