@@ -53,6 +53,8 @@ class LogKernel(ABC):
     tile_bytes: int | None = None
     #: how many arrays of its size a caller makes of each tile
     copies: int = 1
+    #: the tile of `conditionals`, kept from one pass to the next: fresh memory costs more than small problems
+    _scratch: Tensor | None = None
 
     @property
     @abstractmethod
@@ -185,13 +187,12 @@ class LogKernel(ABC):
         column, offset = self.column(bias / LN2, unit), self.offset(unit)
         floor = FLOOR[self.dtype]
         given = not isinstance(power, Tensor) and power == 0
-        scratch: Tensor | None = None
         with torch.no_grad(), linalg.full_precision():
             for rows in self.tiles():
                 size = rows.stop - rows.start
-                if scratch is None or scratch.shape[-2] < size:
-                    scratch = self.buffer(size)
-                z = self.logits(rows, column, unit, scratch[..., :size, :])
+                if self._scratch is None or self._scratch.shape[-2] < size:
+                    self._scratch = self.buffer(size)
+                z = self.logits(rows, column, unit, self._scratch[..., :size, :])
                 top = z.amax(-1, keepdim=True)
                 top = top.masked_fill_(top == -torch.inf, 0)  # an empty row: 2^-inf = 0, not NaN
                 total = z.sub_(top).clamp_(min=floor).exp2_().sum(-1)

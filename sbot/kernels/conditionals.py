@@ -78,9 +78,11 @@ class Conditionals:
         """Take a tile of rows; see `LogKernel.conditionals`."""
         if self._pieces is not None:
             flat = tile.reshape(-1)
-            index = (flat > CUT).nonzero()[:, 0]
-            self._kept += len(index)
+            large = flat > CUT
+            # counted first: to list all of a full tile takes longer than to copy it
+            self._kept += int(large.count_nonzero())
             if self._kept <= self.most:
+                index = large.nonzero()[:, 0]
                 starts = torch.arange(rows.stop - rows.start, device=self.device) * self.shape[1]
                 ends = self._kept - len(index) + torch.searchsorted(index, starts)
                 self._pieces.append((ends, index % self.shape[1], flat[index]))
