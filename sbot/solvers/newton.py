@@ -57,14 +57,10 @@ class Newton(Step):
             height = state.lift(state.columns.log())
             loose = height >= height.amax(-1, keepdim=True)
         rest = state.goal() - state.columns
-        near = state.error() <= self.near
-        exact = self.solution(state, rest) if state.stiff and near else None
+        before = state.error()
+        exact = self.solution(state, rest) if state.stiff and before <= self.near else None
         z, used = self.direction(state, rest, errors, min(self.inner, most), loose) if exact is None else (exact, 1)
         state.iterations += used
-        if used == self.inner and near:
-            state.stiff = True
-            exact = self.solution(state, rest)
-            z = z if exact is None else exact
         share = (self.trust / z.abs().amax(-1, keepdim=True).clamp(min=self.trust)).clamp(max=1.0)
         for _ in range(self.cuts):
             state.g = g
@@ -73,6 +69,7 @@ class Newton(Step):
             # where the dual is flat to rounding the error decides; of a batch each has its own share
             gained = (state.dual() >= value) | (state.errors() <= errors)
             if bool(gained.all()):
+                state.stiff |= used == self.inner and before <= self.near and state.error() > self._slow(state) * before
                 return False
             share = torch.where(gained[..., None], share, share / 4)
         # those that gained keep their step, the others are left where they were
@@ -108,6 +105,11 @@ class Newton(Step):
         rest = columns(rest - whole * start + model.transposed_times(rows(inner * model.times(start))))
         z, used = _conjugate_gradients(model, whole, inner, rest, inverse, errors, most, rows, columns)
         return start + z, used
+
+    @staticmethod
+    def _slow(state: State) -> float:
+        """The share of the error that a step may leave; more is borne where a factorisation takes long."""
+        return 0.3 if state.kernel.shape[0] * state.kernel.shape[1] <= 2**20 else 0.9
 
     def solution(self, state: State, rest: Tensor) -> Tensor | None:
         """``S z = rest`` by Cholesky factorisation of ``S + ridge diag(S)``, with the least ridge that keeps z within trust.
