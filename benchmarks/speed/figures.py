@@ -111,5 +111,7 @@ def _finished(figure: Figure, axes: list[list[Axes]], rows: Sequence[Row]) -> Fi
     handles.append(
         Line2D([], [], label="ended above the tolerance", color="#555555", ls="none", marker="o", mfc="none")
     )
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), fontsize=8, frameon=False)
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=min(4, 2 * len(axes[0])), fontsize=8, frameon=False
+    )
     return figure
