@@ -53,6 +53,8 @@ class LogKernel(ABC):
     tile_bytes: int | None = None
     #: how many arrays of its size a caller makes of each tile
     copies: int = 1
+    #: whether tiles are laid out row by row
+    by_rows = True
     #: the tile of `conditionals`, kept from one pass to the next: fresh memory costs more than small problems
     _scratch: Tensor | None = None
 
@@ -171,13 +173,22 @@ class LogKernel(ABC):
         offset = self.offset(unit)
         return (lse if offset is None else lse.add_(offset)).mul_(LN2), avg
 
-    def conditionals(self, bias: Tensor, eps: Eps, weights: Tensor, power: Eps, keep: Keep | None = None) -> Pass:
+    def conditionals(
+        self,
+        bias: Tensor,
+        eps: Eps,
+        weights: Tensor,
+        power: Eps,
+        keep: Keep | None = None,
+        room: Tensor | None = None,
+    ) -> Pass:
         """One pass over the plan ``P_ij = r_i K_ij`` with ``K`` the softmax over j of ``bias_j - C_ij / eps``.
 
         The row masses are ``r_i = weights_i exp(power lse_i)``, with a power for all or ``(*b, 1)``: the number 0 prescribes
         them.  What one pass can know of P is
-        returned, and ``keep`` is shown the tiles of K, each gone when the next is made.  Memory is one tile.  Entries of K
-        are raised to ``2^FLOOR``: a column mass of that size says only that the mass is smaller.
+        returned, and ``keep`` is shown the tiles of K, each gone when the next is made.  Memory is one tile; where there is
+        ``room``, ``(*b, n, m)``, the tiles are made and left there.  Entries of K are raised to ``2^FLOOR``: a column mass of
+        that size says only that the mass is smaller.
         """
         lse = torch.empty((*self.batch_shape, self.shape[0]), dtype=self.dtype, device=self.device)
         mass = torch.empty_like(lse)
@@ -190,9 +201,10 @@ class LogKernel(ABC):
         with torch.no_grad(), linalg.full_precision():
             for rows in self.tiles():
                 size = rows.stop - rows.start
-                if self._scratch is None or self._scratch.shape[-2] < size:
+                if room is None and (self._scratch is None or self._scratch.shape[-2] < size):
                     self._scratch = self.buffer(size)
-                z = self.logits(rows, column, unit, self._scratch[..., :size, :])
+                out = room[..., rows, :] if room is not None else self._scratch[..., :size, :]  # type: ignore[index]
+                z = self.logits(rows, column, unit, out)
                 top = z.amax(-1, keepdim=True)
                 top = top.masked_fill_(top == -torch.inf, 0)  # an empty row: 2^-inf = 0, not NaN
                 total = z.sub_(top).clamp_(min=floor).exp2_().sum(-1)

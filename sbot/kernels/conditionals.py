@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import final
+from collections.abc import Callable
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -44,11 +45,15 @@ class Conditionals:
         self.sparse_works = usable and not self.batch_shape
         self.most = int(min(SPARSE * self.pairs, memory / SPARSE_BYTES))
         # few entries are not worth the casts
-        kept = torch.float64 if self.pairs <= 4 * SMALL and 8 * self.pairs <= memory else torch.float32
+        few = self.pairs <= 4 * SMALL
+        kept = torch.float64 if few and 8 * self.pairs <= memory else torch.float32
         fits = kept.itemsize * self.pairs <= memory
         self.dense = torch.empty((*self.batch_shape, *self.shape), dtype=kept, device=self.device) if fits else None
         #: whether nothing is rounded or left out
         self.exact = kept == kernel.dtype == torch.float64
+        # a pass may be made in place: where it is sure to stay, or so small that it is no loss where it does not
+        whole = not self.batch_shape or next(iter(kernel.tiles())).stop == self.shape[0]
+        self._in_place = fits and kept == kernel.dtype and whole and kernel.by_rows and (few or not self.sparse_works)
         self._pieces: list[tuple[Tensor, Tensor, Tensor]] | None = None
         self._rows: Tensor | None = None
         self._columns: Tensor | None = None
@@ -67,6 +72,11 @@ class Conditionals:
     def sparse(self) -> bool:
         """Whether the sparse form is in use."""
         return self._rows is not None
+
+    @property
+    def room(self) -> Tensor | None:
+        """Memory in which a pass may make its tiles: fresh memory, and a copy, cost more than small problems."""
+        return self.dense if self._in_place else None
 
     def open(self) -> None:
         """Forget what is kept; `keep` may be called for the new tiles."""
@@ -88,13 +98,15 @@ class Conditionals:
                 self._pieces.append((ends, index % self.shape[1], flat[index]))
                 return
             self._recover(rows)
-        if self.dense is not None:
+        if self.dense is not None and not self._in_place:
             self.dense[..., rows, :].copy_(tile)
 
     def _recover(self, rows: slice) -> None:
         """Too many entries for the sparse form: from here on dense, where there is room."""
         pieces, self._pieces = self._pieces, None
         if self.dense is None or not pieces:
+            return
+        if self._in_place:
             return
         start = self.dense[: rows.start].zero_()
         begins, column, values = (torch.cat(parts) for parts in zip(*pieces, strict=True))
@@ -122,6 +134,17 @@ class Conditionals:
                 check_invariants=False,
             )
         return True
+
+    def small(self) -> tuple[_Small, Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
+        """Products on arrays, with the ways there and back, which share memory; None where they are not quicker.
+
+        An operation on few numbers costs a tensor several times what it costs an array.
+        """
+        if self.dense is None or self.sparse or not self.exact or self.batch_shape or self.pairs > SMALL:
+            return None
+        if self.device.type != "cpu":
+            return None
+        return _Small(self.dense.numpy()), Tensor.numpy, torch.from_numpy
 
     def times(self, v: Tensor) -> Tensor:
         """``K v``, ``(*b, n)``, in float64."""
@@ -152,3 +175,16 @@ class Conditionals:
             part = self.dense[..., start : start + step, :].square()
             out += linalg.product(part.mT, w[..., start : start + step].to(part.dtype))
         return out
+
+
+class _Small:
+    """The products of `Conditionals` on arrays."""
+
+    def __init__(self, laws: Any) -> None:
+        self.laws = laws
+
+    def times(self, v: Any) -> Any:
+        return self.laws @ v
+
+    def transposed_times(self, u: Any) -> Any:
+        return u @ self.laws

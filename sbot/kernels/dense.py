@@ -27,6 +27,7 @@ class DenseKernel(LogKernel):
         whole = (*self.batch_shape, *self.shape)
         self.stored, self.matrix = stored, stored if stored.shape == whole else stored.expand(whole)
         self.dtype, self.device = stored.dtype, stored.device
+        self.by_rows = stored.stride(-1) == 1 or self.shape[1] == 1
 
     @property
     def T(self) -> DenseKernel:
@@ -53,7 +54,7 @@ class DenseKernel(LogKernel):
         return self.matrix[..., rows, :]
 
     def buffer(self, rows: int) -> Tensor:
-        if self.matrix.stride(-1) == 1 or self.shape[1] == 1:
+        if self.by_rows:
             return super().buffer(rows)
         # a transposed view: lay the tile out as the matrix is, or every operation strides through memory
         shape = (*self.batch_shape, self.shape[1], rows)

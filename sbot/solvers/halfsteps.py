@@ -12,7 +12,9 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,6 +38,9 @@ FASTEST = 1.8
 GROWN = 3.0
 #: Marginal error above which the rounding of a model in single precision is not noticed.
 NOTICED = 1e-4
+TINY = float(np.finfo(np.float64).tiny)
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass
@@ -96,7 +101,7 @@ class State:
     def settle(self, keep_model: bool = True) -> None:
         """One pass: ``f = -lambda eps log sum_j b_j exp((g_j - C_ij) / eps)`` and the plan's masses at (f, g)."""
         lam = self.damp[0]
-        keep = None
+        keep, room = None, None if self.model is None else self.model.room
         self.known = False
         # the smaller eps, the fewer entries: what had no room may have it at half the eps
         if self.model is not None and keep_model and self.largest <= self.roomless / 2:
@@ -107,7 +112,7 @@ class State:
             # the cap depends on all rows: their sums first
             self.lse = self.kernel.reduce(bias, self.eps)[0].double()
             rows = masses(self.log_a, self.lse, self.mass).to(self.a)
-        seen = self.kernel.conditionals(bias, self.eps, rows, 1 - lam, keep)
+        seen = self.kernel.conditionals(bias, self.eps, rows, 1 - lam, keep, room)
         if self.model is not None and keep is not None:
             self.known = self.model.close()
             self.roomless = self.roomless if self.known else self.largest
@@ -200,6 +205,12 @@ class State:
         g = self.g + self.unit * log_v.to(self.g)
         self.g = torch.where(self.live[1], g, 0.0) if self.zeros else g
         self.fresh = self.known = False
+
+    def land(self, log_u: Tensor, rows: Tensor, columns: Tensor) -> None:
+        """``f += eps log_u``, the half-step of the present g, and the plan's masses there: as good as a pass."""
+        f = self.f + self.unit * log_u.to(self.f)
+        self.f = torch.where(self.live[0], f, 0.0) if self.zeros else f
+        self.rows, self.columns, self.fresh = rows, columns, True
 
     def translate(self) -> None:
         """Move a constant between f and g to the dual optimum (Sejourne, Vialard and Peyre 2022); relaxed problems only.
@@ -339,57 +350,79 @@ class Exact(Step):
         return here + rest - ((moves + changes) @ share)[..., 0]
 
 
-@dataclass(frozen=True)
 class HalfSteps(Step):
     """Half-steps as matrix-vector products with the model: ten times cheaper than passes.
 
     The scalings u, v multiply ``e^{f/eps}`` and ``e^{g/eps}``.  What the model lacks of the masses that the pass found is
-    taken as constant, so that ``u = v = 1`` is exact: the error of the model vanishes with the steps.
+    taken as constant, so that ``u = v = 1`` is exact: the error of the model vanishes with the steps.  A model that lacks
+    nothing is as good as a pass, and none follows where the last half-step was one.
     """
 
     name = "half-steps"
-    every: int = 5
+    #: iterations between two looks at the error; the first comes sooner
+    every = 4
+
+    def __init__(self) -> None:
+        self._pace: _Pace | None = None
+        #: by how much the logarithm of the error fell in the last iterations, each
+        self.fall = 0.0
 
     def advance(self, state: State, most: int, check: Check) -> bool:
         model, r, goal = state.model, state.rows, state.goal()
         assert model is not None
         lam_a, lam_b = state.damp
-        live, tiny = state.live[1], torch.finfo(torch.float64).tiny
-        lack, pace = self._lack(state), _Pace(state.errors())
-        omega = pace.omega
-        columns, u, v = state.columns.clamp(min=tiny), torch.ones_like(r), torch.ones_like(goal)
-        log_v, done, stop = torch.zeros_like(goal), 0, False
+        hard = state.mass is None and state.rho == (math.inf, math.inf)
+        lack, pace = self._lack(state), self._paced(state)
+        omega = pace.omega if state.mass is None else None
+        # what follows is the same for tensors and arrays
+        products, as_vector, as_tensor = model.small() or (model, _same, _same)
+        weights, wanted, columns = as_vector(r), as_vector(goal), as_vector(state.columns) + TINY
+        u, v, sums = as_vector(torch.ones_like(r)), as_vector(torch.ones_like(goal)), as_vector(r)
+        log_v, done, seen, stop = torch.zeros_like(goal), 0, 0, False
         while done < most and not stop:
-            look = done % self.every == self.every - 1 or done == most - 1
+            look = done == 1 or done % self.every == self.every - 1 or done == most - 1
             # 0 at an atom of zero weight
-            step = goal / columns if state.mass is None else state.rise(columns.log()).exp_()
-            v = _relaxed(v, step if math.isinf(state.rho[1]) else step.pow_(lam_b), omega)
-            sums = model.times(v)
-            sums = sums if lack is None else sums.add_(lack[0]).clamp_(min=tiny)
-            if state.mass is not None:
-                u = (capped(state.log_a, state.lse + sums.log(), state.mass) - state.height).exp_()
-            else:
+            v = _relaxed(v, wanted, columns, lam_b, omega) if state.mass is None else state.rise(columns.log()).exp_()
+            sums = products.times(v)
+            sums = sums if lack is None else (sums + lack[0]).clip(min=TINY)
+            if state.mass is None:
                 # where the error is looked at, f is exact as everywhere else
-                u = _relaxed(u, sums.pow_(-lam_a), None if look else omega)
-            columns = model.transposed_times(r * u)
-            columns = (columns if lack is None else columns.add_(lack[1])).clamp_(min=tiny)
+                u = _relaxed(u, 1.0, sums, lam_a, None if look else omega)
+            else:
+                u = (capped(state.log_a, state.lse + sums.log(), state.mass) - state.height).exp_()
+            columns = products.transposed_times(weights * u)
+            columns = columns + TINY if lack is None else (columns + lack[1]).clip(min=TINY)
             done += 1
             if look:
-                log_v = torch.where(live, v.log(), 0.0) if state.zeros else v.log()
+                log_v = as_tensor(v).log()
+                log_v = torch.where(state.live[1], log_v, 0.0) if state.zeros else log_v
                 spread = float(log_v.abs().max())
                 if not math.isfinite(spread):
                     return Exact().advance(state, most, check)
                 if spread > (TRUST if model.sparse else RANGE):
                     break
-                errors = state.distance(columns * v, log_v) / state.slack
+                errors = state.distance(as_tensor(columns * v), log_v) / state.slack
                 stop = check(state.iterations + done, float(errors.max()))
-                pace.look(errors, self.every)
+                pace.look(errors, done - seen)
+                self.fall, seen = pace.fall, done
                 # over-relaxation would cross the cap of a partial plan
                 omega = pace.omega if state.mass is None else None
         state.move(log_v)
-        state.translate()
         state.iterations += done
+        if stop and hard and model.exact:
+            state.land(as_tensor(u).log(), as_tensor(weights * u * sums), as_tensor(columns * v))
+        else:
+            state.translate()
         return stop
+
+    def _paced(self, state: State) -> _Pace:
+        """The pace of the last run where it goes on."""
+        errors = state.errors()
+        if self._pace is None or self._pace.last.shape != errors.shape:
+            self._pace = _Pace(errors)
+        else:
+            self._pace.last = _array(errors)
+        return self._pace
 
     def _lack(self, state: State) -> tuple[Tensor, Tensor] | None:
         """What the model's masses miss, its rounding and the entries it leaves out; None where that is not noticed."""
@@ -401,8 +434,22 @@ class HalfSteps(Step):
         return 1 - model.times(ones), state.columns - model.transposed_times(state.rows)
 
 
-def _relaxed(old: Tensor, new: Tensor, omega: Tensor | None) -> Tensor:
-    return new if omega is None else old * (new / old.clamp(min=torch.finfo(old.dtype).tiny)).pow_(omega)
+def _relaxed(old: Any, goal: Any, sums: Any, power: Eps, omega: Eps | None) -> Any:
+    """The half-step ``(goal / sums)^power``, carried too far by ``omega``; of tensors or arrays."""
+    whole = not isinstance(power, Tensor) and power == 1
+    if omega is None:
+        return goal / sums if whole else (goal / sums) ** power
+    step = goal / (sums * old + TINY) if whole else (goal / sums) ** power / (old + TINY)
+    return step**omega * old
+
+
+def _same(vector: Tensor) -> Tensor:
+    return vector
+
+
+def _array(errors: Tensor) -> Array:
+    """As an array: arithmetic with one number, or a few hundred, costs less there."""
+    return np.asarray(errors.detach().cpu().numpy())
 
 
 class _Pace:
@@ -414,20 +461,25 @@ class _Pace:
     """
 
     def __init__(self, errors: Tensor) -> None:
-        self.last, self.looks = errors, torch.zeros_like(errors)
-        self.factor = torch.ones_like(errors)
+        self.like = errors
+        self.last = _array(errors)
+        self.looks, self.factor, self.fall = np.zeros_like(self.last), np.ones_like(self.last), 0.0
 
     @property
-    def omega(self) -> Tensor | None:
-        """``(*b, 1)``; None where nothing is relaxed yet."""
-        return None if bool((self.factor == 1).all()) else self.factor[..., None]
+    def omega(self) -> Eps | None:
+        """A number, or ``(*b, 1)``; None where nothing is relaxed yet."""
+        if np.all(self.factor == 1):
+            return None
+        return torch.from_numpy(self.factor).to(self.like)[..., None] if self.factor.ndim else float(self.factor)
 
     def look(self, errors: Tensor, iterations: int) -> None:
-        rate = (errors / self.last.clamp(min=torch.finfo(errors.dtype).tiny)).pow(1 / iterations)
-        self.last, self.looks = errors, self.looks + 1
-        theta = (rate + self.factor - 1).square() / (rate * self.factor.square()).clamp(min=1e-30)
-        best = (2 / (1 + (1 - theta.clamp(max=0.999)).sqrt())).clamp(max=FASTEST)
+        now = _array(errors)
+        rate = (now / np.maximum(self.last, TINY)) ** (1 / iterations)
+        self.fall = math.log(max(float(self.last.max()), TINY) / max(float(now.max()), TINY)) / iterations
+        self.last, self.looks = now, self.looks + 1
+        theta = (rate + self.factor - 1) ** 2 / np.maximum(rate * self.factor**2, 1e-30)
+        best = np.minimum(2 / (1 + np.sqrt(1 - np.minimum(theta, 0.999))), FASTEST)
         # the first iterations are no measure of the last, and where the error grew it starts again
-        factor = torch.where((self.looks == 1) | (rate == 0), self.factor, best)
-        self.factor = torch.where(rate >= 1, 1.0, factor)
-        self.looks = torch.where((rate >= 1) & (self.looks > 1), 0.0, self.looks)
+        factor = np.where((self.looks == 1) | (rate == 0), self.factor, best)
+        self.factor = np.where(rate >= 1, 1.0, factor)
+        self.looks = np.where((rate >= 1) & (self.looks > 1), 0.0, self.looks)

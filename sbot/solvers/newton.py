@@ -169,22 +169,22 @@ def _conjugate_gradients(
     rows: Callable[[Tensor], Tensor] = _same,
     columns: Callable[[Tensor], Tensor] = _same,
 ) -> tuple[Tensor, int]:
-    z = torch.zeros_like(rest)
-    p = inverse * rest
-    rho = (rest * p).sum(-1, keepdim=True)
+    z, p = torch.zeros_like(rest), inverse * rest
+    rho = torch.linalg.vecdot(rest, p)[..., None]
     target = errors.sqrt().clamp(max=0.1) * rest.abs().sum(-1)
     used = 0
     while used < most:
         used += 1
         sp = columns(whole * p - model.transposed_times(rows(inner * model.times(p))))
-        curvature = (p * sp).sum(-1, keepdim=True)
+        curvature = torch.linalg.vecdot(p, sp)[..., None]
         alpha = torch.where(curvature > 0, rho / curvature, 0.0)
-        z, rest = z + alpha * p, rest - alpha * sp
+        z, rest = torch.addcmul(z, alpha, p), torch.addcmul(rest, alpha, sp, value=-1)
         busy = (rest.abs().sum(-1) > target) & (alpha[..., 0] != 0)
         if not bool(busy.any()):
             break
         q = inverse * rest
-        old, rho = rho, (rest * q).sum(-1, keepdim=True)
+        old, rho = rho, torch.linalg.vecdot(rest, q)[..., None]
         # a problem of a batch that is done stands still
-        p = torch.where(busy[..., None], q + (rho / old) * p, 0.0)
+        p = torch.addcmul(q, rho / old, p)
+        p = torch.where(busy[..., None], p, 0.0) if busy.ndim else p
     return z, used

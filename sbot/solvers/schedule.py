@@ -49,7 +49,8 @@ class Schedule:
         ratio = start / eps
         ratio = ratio.clamp(min=1.0) if isinstance(ratio, Tensor) else ratio
         top = float(ratio.max()) if isinstance(ratio, Tensor) else ratio
-        steps = math.ceil(math.log(top) / -math.log(self.factor)) if top > 1 else 0
+        # not a stage more for what is rounding of the mean cost
+        steps = math.ceil(math.log(top) / -math.log(self.factor) - 1e-2) if top > 1 else 0
         for k in range(steps, 0, -1):
             yield eps * ratio ** (k / steps), max(self.tolerance, tolerance)
         yield eps, tolerance

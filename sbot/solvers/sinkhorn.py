@@ -42,7 +42,7 @@ PATIENCE = 10
 #: Plain half-steps, after which the potentials of a problem without a plan have parted.
 PROBE = 20
 #: Half-steps in a row; where more would be needed at the rate of the last ones, Newton takes over.
-RUN = 30
+RUN = 32
 #: Marginal error that rounding leaves, in units of ``machine epsilon * max|C| / eps``: a few times what was measured when
 #: potentials are much smaller than the cost (docs/conventions.md), about what it is when they are as large.
 REACH = 0.5
@@ -287,7 +287,7 @@ class Sinkhorn(Solver):
                 self._iterate(part, limit, last, watch, counts)
                 state.put(busy, part)
                 return
-            step = _next(step, error, state.error(), took, watch.tolerance)
+            step = _next(step, error, state.error(), watch.tolerance)
 
 
 def _may_forbid(problem: Problem) -> bool:
@@ -329,15 +329,14 @@ def _fitting(step: Step, state: State) -> Step:
     return exact if bool((off > TRUST).any()) else HalfSteps() if isinstance(step, Exact) else step
 
 
-def _next(step: Step, before: float, after: float, took: int, tolerance: float) -> Step:
-    """Half-steps as long as a run of them will do, Newton as long as it gains."""
+def _next(step: Step, before: float, after: float, tolerance: float) -> Step:
+    """Half-steps as long as another run of them will do, Newton as long as it gains."""
     if isinstance(step, Newton):
         return step if after < 0.9 * before else HalfSteps()
-    if isinstance(step, Exact):
+    if not isinstance(step, HalfSteps):
         return step
-    fall = math.log(before / after) / took if 0 < after < before else 0.0
-    left = math.log(max(after, 1e-300) / max(tolerance, 1e-300)) / fall if fall > 0 else math.inf
-    return HalfSteps() if left <= RUN else Newton()
+    left = math.log(max(after, 1e-300) / max(tolerance, 1e-300))
+    return step if left <= RUN * step.fall else Newton()
 
 
 def _thinned(measure: Discrete) -> Discrete:
