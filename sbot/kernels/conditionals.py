@@ -85,7 +85,8 @@ class Conditionals:
         self._pieces, self._kept = ([] if sparse else None), 0
 
     def keep(self, rows: slice, tile: Tensor) -> None:
-        """Take a tile of rows; see `LogKernel.conditionals`."""
+        """Take a tile of rows, which may be those of `room`; see `LogKernel.conditionals`."""
+        placed = self.dense is not None and tile.data_ptr() == self.dense[..., rows, :].data_ptr()
         if self._pieces is not None:
             flat = tile.reshape(-1)
             large = flat > CUT
@@ -97,16 +98,14 @@ class Conditionals:
                 ends = self._kept - len(index) + torch.searchsorted(index, starts)
                 self._pieces.append((ends, index % self.shape[1], flat[index]))
                 return
-            self._recover(rows)
-        if self.dense is not None and not self._in_place:
+            self._recover(rows, placed)
+        if self.dense is not None and not placed:
             self.dense[..., rows, :].copy_(tile)
 
-    def _recover(self, rows: slice) -> None:
+    def _recover(self, rows: slice, placed: bool) -> None:
         """Too many entries for the sparse form: from here on dense, where there is room."""
         pieces, self._pieces = self._pieces, None
-        if self.dense is None or not pieces:
-            return
-        if self._in_place:
+        if self.dense is None or placed or not pieces:
             return
         start = self.dense[: rows.start].zero_()
         begins, column, values = (torch.cat(parts) for parts in zip(*pieces, strict=True))
@@ -140,9 +139,9 @@ class Conditionals:
 
         An operation on few numbers costs a tensor several times what it costs an array.
         """
-        if self.dense is None or self.sparse or not self.exact or self.batch_shape or self.pairs > SMALL:
+        if self.dense is None or self.sparse or self.batch_shape or self.device.type != "cpu":
             return None
-        if self.device.type != "cpu":
+        if self.dense.dtype != torch.float64:
             return None
         return _Small(self.dense.numpy()), Tensor.numpy, torch.from_numpy
 

@@ -368,6 +368,11 @@ class HalfSteps(Step):
         self.fall = 0.0
 
     def advance(self, state: State, most: int, check: Check) -> bool:
+        # arrays would warn of what tensors bear
+        with np.errstate(all="ignore"):
+            return self._advance(state, most, check)
+
+    def _advance(self, state: State, most: int, check: Check) -> bool:
         model, r, goal = state.model, state.rows, state.goal()
         assert model is not None
         lam_a, lam_b = state.damp
@@ -375,9 +380,10 @@ class HalfSteps(Step):
         lack, pace = self._lack(state), self._paced(state)
         omega = pace.omega if state.mass is None else None
         # what follows is the same for tensors and arrays
-        products, as_vector, as_tensor = model.small() or (model, _same, _same)
+        products, as_vector, as_tensor = (state.mass is None and model.small()) or (model, _same, _same)
         weights, wanted, columns = as_vector(r), as_vector(goal), as_vector(state.columns) + TINY
         u, v, sums = as_vector(torch.ones_like(r)), as_vector(torch.ones_like(goal)), as_vector(r)
+        lack = None if lack is None else (as_vector(lack[0]), as_vector(lack[1]))
         log_v, done, seen, stop = torch.zeros_like(goal), 0, 0, False
         while done < most and not stop:
             look = done == 1 or done % self.every == self.every - 1 or done == most - 1

@@ -18,11 +18,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels import Conditionals
 from ..partial import Merged
 from .halfsteps import Check, State, Step
 
@@ -97,7 +98,10 @@ class Newton(Step):
         whole = (1 + ridge) * whole
         inverse = torch.where(diagonal > 0, 1 / diagonal, 0.0)
         if loose is None or free is None:
-            return _conjugate_gradients(model, whole, inner, rest, inverse, errors, most)
+            products, to, back = model.small() or (model, _same, _same)
+            with np.errstate(all="ignore"):
+                z, used = _conjugate_gradients(products, to(whole), to(inner), to(rest), to(inverse), to(errors), most)
+            return back(z), used
         rows, columns = Merged(free, inner), Merged(loose, diagonal)
         g = state.g.double()
         # what is to be at the cap is first brought to it
@@ -159,32 +163,32 @@ def _same(v: Tensor) -> Tensor:
 
 
 def _conjugate_gradients(
-    model: Conditionals,
-    whole: Tensor,
-    inner: Tensor,
-    rest: Tensor,
-    inverse: Tensor,
-    errors: Tensor,
+    products: Any,
+    whole: Any,
+    inner: Any,
+    rest: Any,
+    inverse: Any,
+    errors: Any,
     most: int,
     rows: Callable[[Tensor], Tensor] = _same,
     columns: Callable[[Tensor], Tensor] = _same,
-) -> tuple[Tensor, int]:
-    z, p = torch.zeros_like(rest), inverse * rest
-    rho = torch.linalg.vecdot(rest, p)[..., None]
-    target = errors.sqrt().clamp(max=0.1) * rest.abs().sum(-1)
+) -> tuple[Any, int]:
+    """Of tensors or arrays alike."""
+    z, p = 0.0 * rest, inverse * rest
+    rho = (rest * p).sum(-1)[..., None]
+    target = (errors**0.5).clip(max=0.1) * abs(rest).sum(-1)
     used = 0
     while used < most:
         used += 1
-        sp = columns(whole * p - model.transposed_times(rows(inner * model.times(p))))
-        curvature = torch.linalg.vecdot(p, sp)[..., None]
-        alpha = torch.where(curvature > 0, rho / curvature, 0.0)
-        z, rest = torch.addcmul(z, alpha, p), torch.addcmul(rest, alpha, sp, value=-1)
-        busy = (rest.abs().sum(-1) > target) & (alpha[..., 0] != 0)
-        if not bool(busy.any()):
+        sp = columns(whole * p - products.transposed_times(rows(inner * products.times(p))))
+        curvature = (p * sp).sum(-1)[..., None]
+        alpha = (curvature > 0) * rho / (curvature + (curvature <= 0))
+        z, rest = z + alpha * p, rest - alpha * sp
+        busy = (abs(rest).sum(-1) > target) & (alpha[..., 0] != 0)
+        if not busy.any():
             break
         q = inverse * rest
-        old, rho = rho, torch.linalg.vecdot(rest, q)[..., None]
+        old, rho = rho, (rest * q).sum(-1)[..., None]
         # a problem of a batch that is done stands still
-        p = torch.addcmul(q, rho / old, p)
-        p = torch.where(busy[..., None], p, 0.0) if busy.ndim else p
+        p = busy[..., None] * (q + rho / (old + (old == 0)) * p)
     return z, used

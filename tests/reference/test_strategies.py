@@ -123,7 +123,7 @@ def seen(monkeypatch):
         return "nothing" if not known else "sparse" if self.sparse else f"dense {str(self.dense.dtype)[6:]}"
 
     spy(Conditionals, "close", model)
-    spy(halfsteps, "_relaxed", lambda _, old, new, omega: "plain" if omega is None else "over-relaxed")
+    spy(halfsteps, "_relaxed", lambda _, *given: "plain" if given[-1] is None else "over-relaxed")
     spy(Exact, "_mixed", lambda _, self, goal: "Anderson" if len(self._past) > 1 else "plain pass")
     spy(Newton, "direction", lambda *_: "conjugate gradients")
     spy(Newton, "solution", lambda z, *_: "no factor" if z is None else "factorised")
