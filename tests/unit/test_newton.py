@@ -307,3 +307,19 @@ def test_an_atom_too_far_to_be_worth_any_mass(generator):
     assert far.report.converged
     torch.testing.assert_close(far.plan()[:, :99], alone.plan(), rtol=1e-6, atol=1e-12)
     assert float(far.plan()[:, 99].sum()) == 0
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+def test_a_model_that_lacks_nothing_is_as_good_as_a_pass(generator, scale):
+    """No pass follows the last half-step, and what is reported is still the error of the plan."""
+    x, y = clouds(60, 50, 2, generator)
+    a = torch.rand(60, dtype=torch.float64, generator=generator)
+    a[7] = 0
+    a, x, y = a / a.sum(), scale * x, scale * y
+    bridge = sbot.solve_bridge((x, a), y, 0.5 * scale**2, solver=sbot.Sinkhorn(tol=1e-10, anneal=None))
+    assert "1 passes" in bridge.report.notes[-1]
+    plan = bridge.plan()
+    rows, columns = plan.sum(1), plan.sum(0)
+    torch.testing.assert_close(rows, a, rtol=1e-13, atol=1e-16)
+    error = float((columns - 1 / 50).abs().sum())
+    assert abs(error - bridge.report.error) <= 1e-14 and error <= 1e-10
