@@ -38,6 +38,8 @@ FASTEST = 1.8
 GROWN = 3.0
 #: Marginal error above which the rounding of a model in single precision is not noticed.
 NOTICED = 1e-4
+#: Marginal error below which it would say nothing, where it is not `near`.
+ROUNDED = 3e-7
 TINY = float(np.finfo(np.float64).tiny)
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -353,8 +355,8 @@ class Exact(Step):
 class HalfSteps(Step):
     """Half-steps as matrix-vector products with the model: ten times cheaper than passes.
 
-    The scalings u, v multiply ``e^{f/eps}`` and ``e^{g/eps}``.  What the model lacks of the masses that the pass found is
-    taken as constant, so that ``u = v = 1`` is exact: the error of the model vanishes with the steps.  A model that lacks
+    The scalings u, v multiply ``e^{f/eps}`` and ``e^{g/eps}``.  Near the solution only what they change is worked out, as
+    ``1 + K (v - 1)``, so that ``u = v = 1`` is exact: the error of the model vanishes with the steps.  A model that lacks
     nothing is as good as a pass, and none follows where the last half-step was one.
     """
 
@@ -377,27 +379,30 @@ class HalfSteps(Step):
         assert model is not None
         lam_a, lam_b = state.damp
         hard = state.mass is None and state.rho == (math.inf, math.inf)
-        lack, pace = self._lack(state), self._paced(state)
+        pace = self._paced(state)
+        # on a model that rounds or leaves out, what changes is worked out and added to what the pass found
+        near = not model.exact and (model.sparse or state.error() <= NOTICED)
         omega = pace.omega if state.mass is None else None
         # what follows is the same for tensors and arrays
         products, as_vector, as_tensor = (state.mass is None and model.small()) or (model, _same, _same)
         weights, wanted, columns = as_vector(r), as_vector(goal), as_vector(state.columns) + TINY
         u, v, sums = as_vector(torch.ones_like(r)), as_vector(torch.ones_like(goal)), as_vector(r)
-        lack = None if lack is None else (as_vector(lack[0]), as_vector(lack[1]))
-        log_v, done, seen, stop = torch.zeros_like(goal), 0, 0, False
+        found = columns
+        log_v, done, seen, stop, spread, errors = torch.zeros_like(goal), 0, 0, False, 0.0, columns
         while done < most and not stop:
             look = done == 1 or done % self.every == self.every - 1 or done == most - 1
             # 0 at an atom of zero weight
             v = _relaxed(v, wanted, columns, lam_b, omega) if state.mass is None else state.rise(columns.log()).exp_()
-            sums = products.times(v)
-            sums = sums if lack is None else (sums + lack[0]).clip(min=TINY)
+            sums = (1 + products.times(v - 1)).clip(min=TINY) if near else products.times(v)
             if state.mass is None:
                 # where the error is looked at, f is exact as everywhere else
                 u = _relaxed(u, 1.0, sums, lam_a, None if look else omega)
             else:
                 u = (capped(state.log_a, state.lse + sums.log(), state.mass) - state.height).exp_()
-            columns = products.transposed_times(weights * u)
-            columns = columns + TINY if lack is None else (columns + lack[1]).clip(min=TINY)
+            if near:
+                columns = (found + products.transposed_times(weights * (u - 1))).clip(min=TINY)
+            else:
+                columns = products.transposed_times(weights * u) + TINY
             done += 1
             if look:
                 log_v = as_tensor(v).log()
@@ -411,15 +416,23 @@ class HalfSteps(Step):
                 stop = check(state.iterations + done, float(errors.max()))
                 pace.look(errors, done - seen)
                 self.fall, seen = pace.fall, done
+                if not stop and not near and not model.exact and float(errors.max()) <= ROUNDED:
+                    break
                 # over-relaxation would cross the cap of a partial plan
                 omega = pace.omega if state.mass is None else None
         state.move(log_v)
         state.iterations += done
-        if stop and hard and model.exact:
+        if stop and hard and self._sure(model, near, spread, float(errors.max())):
             state.land(as_tensor(u).log(), as_tensor(weights * u * sums), as_tensor(columns * v))
         else:
             state.translate()
         return stop
+
+    @staticmethod
+    def _sure(model: Conditionals, near: bool, spread: float, error: float) -> bool:
+        """Whether the masses found are as good as a pass's: what is rounded of so small a change does not show in the error."""
+        rounding = torch.finfo(torch.float32).eps
+        return model.exact or (near and not model.sparse and 4 * rounding * spread <= 0.01 * error)
 
     def _paced(self, state: State) -> _Pace:
         """The pace of the last run where it goes on."""
@@ -429,15 +442,6 @@ class HalfSteps(Step):
         else:
             self._pace.last = _array(errors)
         return self._pace
-
-    def _lack(self, state: State) -> tuple[Tensor, Tensor] | None:
-        """What the model's masses miss, its rounding and the entries it leaves out; None where that is not noticed."""
-        model = state.model
-        assert model is not None
-        if model.exact or (not model.sparse and state.error() > NOTICED):
-            return None
-        ones = torch.ones_like(state.columns)
-        return 1 - model.times(ones), state.columns - model.transposed_times(state.rows)
 
 
 def _relaxed(old: Any, goal: Any, sums: Any, power: Eps, omega: Eps | None) -> Any:
