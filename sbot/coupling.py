@@ -138,7 +138,9 @@ class DiscreteCoupling(Coupling):
         for name, side in (("mu", self._mu), ("nu", self._nu)):
             if side.weights.requires_grad and bool(((side.weights == 0) & side.mask).any()):
                 raise InvalidProblem(f"{name} has weights that are zero and want a gradient; drop these atoms")
-        f, g = (torch.where(torch.isfinite(part), part, 0.0) for part in self.dual_values())
+        values = self.dual_values()
+        part = tuple(torch.isfinite(value) for value in values)
+        f, g = (torch.where(live, value, 0.0) for live, value in zip(part, values, strict=True))
         kernel, eps = make_kernel(self.problem.cost, x, y), self.problem.free_eps
         unit = along(eps, 1)
         if unroll is None:
@@ -147,29 +149,36 @@ class DiscreteCoupling(Coupling):
             f, g = f.detach(), g.detach()
             scale = [damping(rho, unit) * unit for rho in self.problem.relax]
             for _ in range(unroll):
-                g = -scale[1] * kernel.T.reduce(a.log() + f / unit, eps)[0]
-                f = -scale[0] * kernel.reduce(b.log() + g / unit, eps)[0]
+                g = torch.where(part[1], -scale[1] * kernel.T.reduce(a.log() + f / unit, eps)[0], 0.0)
+                f = torch.where(part[0], -scale[0] * kernel.reduce(b.log() + g / unit, eps)[0], 0.0)
+        # atoms that forbidden pairs leave where they are have no part in the plan
+        left, right = (
+            torch.where(live | (weights == 0), _log_weights(weights, value, unit), -torch.inf)
+            for live, weights, value in zip(part, (a, b), (f, g), strict=True)
+        )
         numbered = not x.dtype.is_floating_point
         at_x, at_y = self.problem.values
         return (
-            Atoms(x, _log_weights(a, f, unit), at_x if numbered else None),
-            Atoms(y, _log_weights(b, g, unit) + self.problem.log_normaliser(eps), at_y if numbered else None),
+            Atoms(x, left, at_x if numbered else None),
+            Atoms(y, right + self.problem.log_normaliser(eps), at_y if numbered else None),
         )
 
     def dual_values(self) -> tuple[Tensor, Tensor]:
         """``f`` and ``g`` at the atoms; atoms of zero weight take the value of the c-transform."""
-        kernel, unit = self._kernel(), along(self.eps, 1)
+        kernel, unit, tops = self._kernel(), along(self.eps, 1), self.ceilings
         out = []
         for side, (weights, here, there, damp) in enumerate(
             zip((self._mu.weights, self._nu.weights), self._logs, self._logs[::-1], self.damp, strict=True)
         ):
             live = weights.detach() > 0
             f = unit * (here - weights.detach().log())
+            # an atom that forbidden pairs leave where it is
+            f = torch.where(live & (here == -torch.inf), torch.inf if tops is None else tops[side], f)
             if not bool(live.all()):
                 transform = (kernel if side == 0 else kernel.T).reduce(there, self.eps)[0]
                 other = -damp * unit * transform
-                if self.ceilings is not None:
-                    other = torch.minimum(other, self.ceilings[side])
+                if tops is not None:
+                    other = torch.minimum(other, tops[side])
                 f = torch.where(live, f, other)
             out.append(f)
         return out[0], out[1]
@@ -184,7 +193,7 @@ class DiscreteCoupling(Coupling):
         ):
             live = weights > 0
             moving = unit * (log - torch.where(live, weights, 1.0).log())
-            out.append(torch.where(live, torch.where(live, moving, 0.0), value))
+            out.append(torch.where(live & torch.isfinite(value), torch.where(live, moving, 0.0), value))
         f, g = out
         if self.problem.relax == (math.inf, math.inf):
             a, b = self._mu.weights, self._nu.weights
@@ -277,11 +286,13 @@ class DiscreteCoupling(Coupling):
         """The dual objective as one dense expression of everything it depends on."""
         cost = self.problem.cost
         c = leaves[0] if isinstance(cost, MatrixCost) else cost.written_out(leaves[0], leaves[1])
+        terms = (a * dual_term(f, self.problem.relax[0])).sum(-1) + (b * dual_term(g, self.problem.relax[1])).sum(-1)
+        # an atom that forbidden pairs leave where it is has an infinite potential, and no mass in the plan
+        f, g = (torch.where(torch.isfinite(part), part, 0.0) for part in (f, g))
         mass = (
             a[..., :, None] * b[..., None, :] * torch.exp((f[..., :, None] + g[..., None, :] - c) / along(eps, 2))
         ).sum((-2, -1))
         whole = a.sum(-1) * b.sum(-1)
-        terms = (a * dual_term(f, self.problem.relax[0])).sum(-1) + (b * dual_term(g, self.problem.relax[1])).sum(-1)
         return terms - eps * (mass - whole)
 
     def _envelope(self) -> Tensor:
@@ -292,14 +303,17 @@ class DiscreteCoupling(Coupling):
     def envelope(self, f: Tensor, g: Tensor, eps: Eps, a: Tensor, b: Tensor, *leaves: Tensor) -> Tensor:
         """The dual objective at constants f and g, with streamed derivatives in the rest."""
         rho_a, rho_b = self.problem.relax
-        # an atom of zero weight that no pair reaches has an infinite potential and no part in the value
-        f, g = (torch.where(torch.isfinite(part), part, 0.0) for part in (f.detach(), g.detach()))
+        f, g = f.detach(), g.detach()
+        term_a, term_b = dual_term(f, rho_a), dual_term(g, rho_b)
+        # the potential of an atom that no pair reaches is infinite: a penalty where its marginal is relaxed, else it weighs 0
+        term_a, term_b = (torch.where(torch.isfinite(term), term, 0.0) for term in (term_a, term_b))
+        f, g = (torch.where(torch.isfinite(part), part, 0.0) for part in (f, g))
         kernel = make_kernel(self.problem.cost, *(site.detach() for site in self.problem.sites)).on(leaves)
         held, unit = linalg.plain(eps), along(eps, 1)
         lse = kernel.reduce(_log_weights(b.detach(), g, unit), eps)[0]
         density = torch.exp(f / unit + lse)  # row sums of P over a
         mass_a, mass_b = a.detach().sum(-1, keepdim=True), b.detach().sum(-1, keepdim=True)
-        term_a, term_b, tops = dual_term(f, rho_a), dual_term(g, rho_b), self.ceilings
+        tops = self.ceilings
         if tops is not None:
             # see `partial`: <a, f - max f> + s max f
             term_a, term_b = f - tops[0], g - tops[1]
@@ -370,7 +384,8 @@ class DiscreteCoupling(Coupling):
             change = torch.where(rest_a[..., rows, None] * rest_b[..., None, :] > 0, new.log() - log_p, move)
             term = torch.where(new > 0, new * change, 0.0) - new + p
             excess += eps * term.sum((-2, -1))
-        return excess.clamp(min=0).to(self.problem.dtype)
+        # where the plan overflows nothing is known
+        return excess.clamp(min=0).nan_to_num(nan=math.inf, posinf=math.inf).to(self.problem.dtype)
 
     def between(self, t: float) -> None:
         return None

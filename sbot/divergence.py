@@ -226,7 +226,9 @@ def _as_any_other(problem: Problem, solver: Sinkhorn) -> _Self:
 def _logs(end: Any, potential: Tensor, eps: Eps) -> Tensor:
     """``log a + p / eps`` in float64."""
     weights = end.weights.detach()
-    return torch.where(weights > 0, weights.log() + potential.double() / along(eps, 1), -torch.inf)
+    # the potential of an atom that forbidden pairs leave where it is is infinite, and the plan has no mass there
+    part = (weights > 0) & torch.isfinite(potential)
+    return torch.where(part, weights.log() + potential.double() / along(eps, 1), -torch.inf)
 
 
 # ---- the door ------------------------------------------------------------------------------------------------------
@@ -263,6 +265,7 @@ def _itself(problem: Problem, matrix: Any, k: int) -> Problem:
         values = charge.values.to(problem.dtype)
         whole = replace(problem, mu=end, nu=end, reference=Static(MatrixCost(values)))
         whole._check_shapes()
+        whole._check_feasible()
     except InvalidProblem as fault:
         raise InvalidProblem(f"{what} is wrong: {fault}") from None
     if not _symmetric(values.detach()):

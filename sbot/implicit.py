@@ -177,7 +177,7 @@ def signed(kernel: LogKernel, bias: Tensor, values: Tensor, eps: Eps) -> Tensor:
     """``sum_j exp(bias_j - C_ij / eps) values_j`` for values of any sign."""
     lse, mean = kernel.reduce(bias, eps, values[..., None])
     assert mean is not None
-    return torch.exp(lse) * mean[..., 0]
+    return torch.where(lse == -torch.inf, 0.0, torch.exp(lse) * mean[..., 0])
 
 
 def potentials(

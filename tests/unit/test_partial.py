@@ -313,8 +313,15 @@ def test_forbidden_pairs_and_far_atoms(data):
     x, y, a, b = data
     cost = half_squares(x, y)
     cost[:5] = INF  # atoms that may go nowhere stay where they are
-    with pytest.raises(sbot.InvalidProblem, match="no finite entry in row 0"):
-        sbot.solve_bridge(a, b, 0.1, cost=cost, mass=0.5)
+    stay = sbot.solve_bridge(a, b, 0.1, cost=cost, mass=0.5, solver=TIGHT)
+    assert stay.report.converged and float(stay.plan()[:5].sum()) == 0
+    rest = sbot.solve_bridge(a[5:], b, 0.1, cost=cost[5:], mass=0.5, solver=TIGHT)
+    torch.testing.assert_close(stay.plan()[5:], rest.plan(), rtol=0, atol=1e-10)
+    # what is left behind is in the reference measure only: eps (sum a sum b), which is linear in a
+    torch.testing.assert_close(stay.cost(), rest.cost() + 0.1 * a[:5].sum() * b.sum())
+    torch.testing.assert_close(stay.potentials().f.values[:5], stay.potentials().f.values.max().expand(5))
+    with pytest.raises(sbot.InvalidProblem, match="may stay behind"):
+        sbot.solve_bridge(a, b, 0.1, cost=cost, mass=float(a[5:].sum()) + 1e-3)
     cost[:5, :2] = 1.0
     cost[:, 7] = 1e5  # exp(-1e6): nothing that a number can hold
     cost[3, 7] = 1e4
