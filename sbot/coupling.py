@@ -164,7 +164,7 @@ class DiscreteCoupling(Coupling):
         )
 
     def dual_values(self) -> tuple[Tensor, Tensor]:
-        """``f`` and ``g`` at the atoms; atoms of zero weight take the value of the c-transform."""
+        """``f`` and ``g`` at the atoms; atoms of zero weight take the value of the c-transform, and padding 0."""
         kernel, unit, tops = self._kernel(), along(self.eps, 1), self.ceilings
         out = []
         for side, (weights, here, there, damp) in enumerate(
@@ -181,7 +181,7 @@ class DiscreteCoupling(Coupling):
                     other = torch.minimum(other, tops[side])
                 f = torch.where(live, f, other)
             out.append(f)
-        return out[0], out[1]
+        return self._mu.blank(out[0]), self._nu.blank(out[1])
 
     def attached_values(self) -> tuple[Tensor, Tensor]:
         """`dual_values` that follow the data, up to a constant that is settled by ``<a, f> = <b, g>`` where all is hard."""
@@ -289,9 +289,9 @@ class DiscreteCoupling(Coupling):
         terms = (a * dual_term(f, self.problem.relax[0])).sum(-1) + (b * dual_term(g, self.problem.relax[1])).sum(-1)
         # an atom that forbidden pairs leave where it is has an infinite potential, and no mass in the plan
         f, g = (torch.where(torch.isfinite(part), part, 0.0) for part in (f, g))
-        mass = (
-            a[..., :, None] * b[..., None, :] * torch.exp((f[..., :, None] + g[..., None, :] - c) / along(eps, 2))
-        ).sum((-2, -1))
+        real = self._mu.mask[..., :, None] & self._nu.mask[..., None, :]
+        exponent = torch.where(real, (f[..., :, None] + g[..., None, :] - c) / along(eps, 2), -torch.inf)
+        mass = (a[..., :, None] * b[..., None, :] * torch.exp(exponent)).sum((-2, -1))
         whole = a.sum(-1) * b.sum(-1)
         return terms - eps * (mass - whole)
 
@@ -311,7 +311,8 @@ class DiscreteCoupling(Coupling):
         kernel = make_kernel(self.problem.cost, *(site.detach() for site in self.problem.sites)).on(leaves)
         held, unit = linalg.plain(eps), along(eps, 1)
         lse = kernel.reduce(_log_weights(b.detach(), g, unit), eps)[0]
-        density = torch.exp(f / unit + lse)  # row sums of P over a
+        # row sums of P over a; none at padding, whose potential is no c-transform
+        density = torch.exp(torch.where(self._mu.mask, f / unit + lse, -torch.inf))
         mass_a, mass_b = a.detach().sum(-1, keepdim=True), b.detach().sum(-1, keepdim=True)
         tops = self.ceilings
         if tops is not None:
@@ -322,12 +323,12 @@ class DiscreteCoupling(Coupling):
         if tops is not None and self.problem.mass is not None:
             total = total + self.problem.mass.to(f) * (tops[0] + tops[1])[..., 0]
         if torch.is_grad_enabled() and a.requires_grad:
-            total = total + ((a - a.detach()) * slope_a).sum(-1)
+            total = total + ((a - a.detach()) * self._mu.blank(slope_a)).sum(-1)
         if torch.is_grad_enabled() and b.requires_grad:
             held_kernel = kernel.on([leaf.detach() for leaf in leaves])
             back = held_kernel.T.reduce(_log_weights(a.detach(), f, along(held, 1)), held)[0]
             slope_b = term_b + along(held, 1) * (mass_a - torch.exp(g / along(held, 1) + back))
-            total = total + ((b - b.detach()) * slope_b).sum(-1)
+            total = total + ((b - b.detach()) * self._nu.blank(slope_b)).sum(-1)
         return total
 
     def _tiles(self, left: Tensor, right: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -502,7 +503,7 @@ class DiscreteCoupling(Coupling):
         lse = kernel.reduce(right, self.eps)[0]
         laws = kernel.softmax_tiles(right, self.eps, lse)
         entropy = torch.cat([torch.special.entr(law).sum(-1, dtype=torch.float64) for _, law in laws], -1)
-        return torch.where(lse == -torch.inf, 0.0, entropy.exp()).to(lse)
+        return self._mu.blank(torch.where(lse == -torch.inf, 0.0, entropy.exp()).to(lse))
 
     @torch.no_grad()
     def information(self) -> Tensor:

@@ -134,7 +134,7 @@ class TiledKernel(LogKernel):
 
 def _middle(points: Tensor) -> Tensor:
     """In each coordinate the mean of the middle half, ``(*b, 1, d)``; of some of the points where they are many."""
-    some = points[..., :: -(-points.shape[-2] // SHOWN), :]
+    some = points[..., :: max(1, -(-points.shape[-2] // SHOWN)), :]
     cut = some.shape[-2] // 4
     if not cut:
         return some.mean(-2, keepdim=True)
