@@ -48,10 +48,10 @@ def capped(log_w: Tensor, lse: Tensor, mass: Tensor) -> Tensor:
     return torch.minimum(key, torch.maximum(torch.minimum(level, high), low))
 
 
-def masses(log_w: Tensor, lse: Tensor, mass: Tensor) -> Tensor:
-    """``min(w_i, t w_i e^{lse_i})``, which sum to ``mass``; float64."""
+def masses(log_w: Tensor, lse: Tensor, mass: Tensor, height: Tensor | None = None) -> Tensor:
+    """``min(w_i, t w_i e^{lse_i})``, which sum to ``mass``; float64.  ``height`` is what `capped` made of the same, if known."""
     reached = (log_w > -torch.inf) & (lse > -torch.inf)
-    exponent = log_w.double() + lse.double() + capped(log_w, lse, mass)
+    exponent = log_w.double() + lse.double() + (capped(log_w, lse, mass) if height is None else height)
     return torch.where(reached, exponent, -torch.inf).exp()
 
 

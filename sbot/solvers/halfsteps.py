@@ -103,24 +103,33 @@ class State:
             self.model.open()
             keep = self.model.keep
         bias, rows = self.log_b + self.g / self.unit, self.a
-        if self.mass is not None:
+        if self.mass is None:
+            seen = self.kernel.conditionals(bias, self.eps, rows, 1 - lam, keep)
+        elif self.kernel.whole:
+            seen = self.kernel.conditionals(bias, self.eps, self._filled, 0, keep)
+        else:
             # the cap depends on all rows: their sums first
-            self.lse = self.kernel.reduce(bias, self.eps)[0].double()
-            rows = masses(self.log_a, self.lse, self.mass).to(self.a)
-        seen = self.kernel.conditionals(bias, self.eps, rows, 1 - lam, keep)
+            rows = self._filled(self.kernel.reduce(bias, self.eps)[0])
+            seen = self.kernel.conditionals(bias, self.eps, rows, 0, keep)
+            self.passes += 1
         if self.model is not None and keep is not None:
             self.known = self.model.close()
             self.roomless = self.roomless if self.known else self.largest
         f = -lam * self.unit * seen.lse
         if self.mass is not None:
-            self.height = capped(self.log_a, self.lse, self.mass)
             f = (self.unit * self.height).to(self.a)
-            self.passes += 1
         # an atom of zero weight may have only forbidden pairs: its potential is infinite and of no consequence
         self.f = torch.where(self.live[0], f, 0.0) if self.zeros else f
         self.rows, self.columns = seen.rows.double(), seen.columns
         self.passes += 1
         self.fresh = True
+
+    def _filled(self, lse: Tensor) -> Tensor:
+        """The row masses of a partial plan."""
+        assert self.mass is not None
+        self.lse = lse.double()
+        self.height = capped(self.log_a, self.lse, self.mass)
+        return masses(self.log_a, self.lse, self.mass, self.height).to(self.a)
 
     def take(self, index: Tensor) -> State:
         """These problems of a batch, ``(k,)``, settled."""
