@@ -23,7 +23,7 @@ from .kernels import COPIES, DenseKernel, LogKernel, make_kernel, require_memory
 from .linalg import Eps, along
 from .measures import Discrete, Gaussian, Measure, categorical
 from .metrics import Estimate
-from .partial import ceiling, masses
+from .partial import ceiling, masses, support
 from .potentials import Atoms, Potential
 from .problem import Problem
 from .reference import LinearReference
@@ -123,16 +123,23 @@ class DiscreteCoupling(Coupling):
     @property
     def ceilings(self) -> tuple[Tensor, Tensor] | None:
         """``max f`` and ``max g`` of a partial plan, ``(*b, 1)``."""
+        with torch.no_grad():
+            return self.moving_ceilings
+
+    @property
+    def moving_ceilings(self) -> tuple[Tensor, Tensor] | None:
+        """`ceilings` that follow the data."""
         if self.problem.mass is None:
             return None
-        ends = zip((self._mu.weights, self._nu.weights), self._logs, strict=True)
-        return tuple(ceiling(along(self.eps, 1) * (log - w.detach().log()), w.detach()) for w, log in ends)  # type: ignore[return-value]
+        ends, unit = zip((self._mu.weights, self._nu.weights), self._free, strict=True), along(self.problem.free_eps, 1)
+        tops = [ceiling(unit * (log - torch.where(w > 0, w, 1.0).log()), w) for w, log in ends]
+        return (tops[0], tops[1]) if self._attached else (tops[0].detach(), tops[1].detach())
 
     def attached(self, unroll: int | None) -> tuple[Atoms, Atoms]:
         """The potentials as functions of the data, see `PotentialBridge.differentiable`."""
-        if self.problem.mass is not None:
+        if self.problem.mass is not None and unroll is not None:
             raise Unsupported(
-                "derivatives of a partial plan are not known here; cost() has its gradients, without this call"
+                "a partial plan is not differentiated through its iterations, which have kinks; drop unroll="
             )
         a, b, (x, y) = self._mu.weights, self._nu.weights, self.problem.sites
         for name, side in (("mu", self._mu), ("nu", self._nu)):
@@ -144,7 +151,7 @@ class DiscreteCoupling(Coupling):
         kernel, eps = make_kernel(self.problem.cost, x, y), self.problem.free_eps
         unit = along(eps, 1)
         if unroll is None:
-            f, g = implicit.potentials(kernel, self.problem.relax, eps, f, g, a, b)
+            f, g = implicit.potentials(kernel, self.problem.relax, eps, f, g, a, b, self.problem.mass)
         else:
             f, g = f.detach(), g.detach()
             scale = [damping(rho, unit) * unit for rho in self.problem.relax]
@@ -184,7 +191,10 @@ class DiscreteCoupling(Coupling):
         return self._mu.blank(out[0]), self._nu.blank(out[1])
 
     def attached_values(self) -> tuple[Tensor, Tensor]:
-        """`dual_values` that follow the data, up to a constant that is settled by ``<a, f> = <b, g>`` where all is hard."""
+        """`dual_values` that follow the data, up to a constant that is settled by ``<a, f> = <b, g>`` where all is hard.
+
+        In a partial plan it is settled by the parts that both sides have of the dual, see `partial`.
+        """
         if not self._attached:
             return self.dual_values()
         out, unit = [], along(self.problem.free_eps, 1)
@@ -197,7 +207,10 @@ class DiscreteCoupling(Coupling):
         f, g = out
         if self.problem.relax == (math.inf, math.inf):
             a, b = self._mu.weights, self._nu.weights
-            shift = ((b * g).sum(-1) / b.sum(-1) - (a * f).sum(-1) / a.sum(-1)) / 2
+            if (s := self.problem.mass) is None:
+                shift = ((b * g).sum(-1) / b.sum(-1) - (a * f).sum(-1) / a.sum(-1)) / 2
+            else:
+                shift = (support(g, b, s) - support(f, a, s)) / s.to(f) / 2
             f, g = f + shift[..., None], g - shift[..., None]
         return f, g
 
@@ -279,14 +292,21 @@ class DiscreteCoupling(Coupling):
         (f, g), (x, y) = self.attached_values(), self.problem.sites
         leaves = make_kernel(self.problem.cost, x, y).leaves
         eps, a, b = self.problem.free_eps, self._mu.weights, self._nu.weights
-        value = _Value.apply(self, f, g, eps, a, b, *leaves)  # type: ignore[no-untyped-call]
+        value: Tensor = _Value.apply(self, f, g, eps, a, b, *leaves)  # type: ignore[no-untyped-call]
+        mass = self.problem.mass
+        if mass is not None and mass.requires_grad:
+            value = value + (mass - mass.detach()).to(f) * (ceiling(f, a) + ceiling(g, b))[..., 0]
         return value
 
     def written_out(self, f: Tensor, g: Tensor, eps: Eps, a: Tensor, b: Tensor, *leaves: Tensor) -> Tensor:
         """The dual objective as one dense expression of everything it depends on."""
         cost = self.problem.cost
         c = leaves[0] if isinstance(cost, MatrixCost) else cost.written_out(leaves[0], leaves[1])
-        terms = (a * dual_term(f, self.problem.relax[0])).sum(-1) + (b * dual_term(g, self.problem.relax[1])).sum(-1)
+        if (s := self.problem.mass) is not None:
+            terms = support(f, a, s) + support(g, b, s)
+        else:
+            terms = (a * dual_term(f, self.problem.relax[0])).sum(-1)
+            terms = terms + (b * dual_term(g, self.problem.relax[1])).sum(-1)
         # an atom that forbidden pairs leave where it is has an infinite potential, and no mass in the plan
         f, g = (torch.where(torch.isfinite(part), part, 0.0) for part in (f, g))
         real = self._mu.mask[..., :, None] & self._nu.mask[..., None, :]

@@ -321,7 +321,7 @@ class Problem:
                 f"mass is {asked:.9g}{self._which(k)}, and mu and nu hold {held[0]:.9g} and {held[1]:.9g}; "
                 f"give 0 < mass <= {whole:.9g}"
             )
-        return replace(self, mass=torch.minimum(s, most))
+        return replace(self, mass=s if bool((s <= most).all()) else torch.minimum(s, most))
 
     def _which(self, k: int) -> str:
         """The k-th problem of the batch, in words."""

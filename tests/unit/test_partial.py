@@ -362,8 +362,6 @@ def test_where_partial_plans_are_not_known(data):
     for solver in ("lightsb", "dsb", "dsbm"):
         with pytest.raises(sbot.Unsupported, match="partial"):
             sbot.solve_bridge((x, a), (y, b / 1.3), 0.1, mass=0.5, solver=solver)
-    with pytest.raises(sbot.Unsupported, match="partial plan"):
-        sbot.solve_bridge((x, a), (y, b), 0.1, mass=0.5).differentiable()
     batch = torch.stack([x, x]), torch.stack([a, a])
     with pytest.raises(sbot.InvalidProblem, match="mass is 2 in problem 1 of the batch"):
         sbot.solve_bridge(batch, batch, 0.1, mass=torch.tensor([0.5, 2.0]))
