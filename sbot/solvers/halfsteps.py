@@ -48,7 +48,7 @@ class State:
     present g, ``known`` whether the model is; ``roomless`` is the smallest eps at which there was no room for one.  ``correct``
     improves a half-step where iterations stream, see `cells.Correction`; ``stiff`` remembers that conjugate gradients did not
     do.  ``mass`` is what a partial plan carries, ``(*b,)``; ``lse`` and ``height`` are then what its pass found, and ``f / eps``,
-    in float64.
+    in float64; ``caps`` are the last ones of f and g, ``(*b, 1)``, in units of eps.
     """
 
     kernel: LogKernel
@@ -70,6 +70,7 @@ class State:
     columns: Tensor = field(init=False)
     lse: Tensor = field(init=False)
     height: Tensor = field(init=False)
+    caps: tuple[Tensor | None, Tensor | None] = field(init=False, default=(None, None))
     known: bool = field(init=False, default=False)
     fresh: bool = field(init=False, default=False)
 
@@ -128,7 +129,7 @@ class State:
         """The row masses of a partial plan."""
         assert self.mass is not None
         self.lse = lse.double()
-        self.height = capped(self.log_a, self.lse, self.mass)
+        self.height = self.lower(self.lse)
         return masses(self.log_a, self.lse, self.mass, self.height).to(self.a)
 
     def take(self, index: Tensor) -> State:
@@ -154,7 +155,8 @@ class State:
         In a partial plan it is what a half-step makes of them.
         """
         if self.mass is not None:
-            return masses(self.log_b, self.columns.log() - self.log_b - self.g.double() / self.unit, self.mass)
+            lse = self.columns.log() - self.log_b - self.g.double() / self.unit
+            return masses(self.log_b, lse, self.mass, capped(self.log_b, lse, self.mass, self.caps[1]))
         if math.isinf(self.rho[1]):
             return self.b.double()
         return self.b.double() * torch.exp(-(self.g.double() + self.unit * log_v) / self.rho[1])
@@ -198,7 +200,16 @@ class State:
     def lift(self, log_columns: Tensor) -> Tensor:
         """``g / eps`` of a partial plan after its half-step, float64, from the columns' masses."""
         assert self.mass is not None
-        return capped(self.log_b, log_columns - self.log_b - self.g.double() / self.unit, self.mass)
+        height = capped(self.log_b, log_columns - self.log_b - self.g.double() / self.unit, self.mass, self.caps[1])
+        self.caps = self.caps[0], height.amax(-1, keepdim=True)
+        return height
+
+    def lower(self, lse: Tensor) -> Tensor:
+        """``f / eps`` of a partial plan after its half-step, float64."""
+        assert self.mass is not None
+        height = capped(self.log_a, lse, self.mass, self.caps[0])
+        self.caps = height.amax(-1, keepdim=True), self.caps[1]
+        return height
 
     def rise(self, log_columns: Tensor) -> Tensor:
         """What the half-step of a partial plan adds to ``g / eps``."""
@@ -376,7 +387,7 @@ class HalfSteps(Step):
             sums = model.times(v)
             sums = sums if lack is None else sums.add_(lack[0]).clamp_(min=tiny)
             if state.mass is not None:
-                u = (capped(state.log_a, state.lse + sums.log(), state.mass) - state.height).exp_()
+                u = (state.lower(state.lse + sums.log()) - state.height).exp_()
             else:
                 # where the error is looked at, f is exact as everywhere else
                 u = _relaxed(u, sums.pow_(-lam_a), None if look else omega)
@@ -399,6 +410,15 @@ class HalfSteps(Step):
         state.translate()
         state.iterations += done
         return stop
+
+    def half(self, state: State, v: Tensor) -> Tensor:
+        """Of a partial plan, what a half-step on each side from ``v``, on the model, adds to ``g / eps``."""
+        model, tiny, lack = state.model, torch.finfo(torch.float64).tiny, self._lack(state)
+        assert model is not None
+        sums = model.times(v)
+        sums = sums if lack is None else sums.add_(lack[0]).clamp_(min=tiny)
+        columns = model.transposed_times(state.rows * (state.lower(state.lse + sums.log()) - state.height).exp_())
+        return state.rise((columns if lack is None else columns.add_(lack[1])).clamp_(min=tiny).log())
 
     def _lack(self, state: State) -> tuple[Tensor, Tensor] | None:
         """What the model's masses miss, its rounding and the entries it leaves out; None where that is not noticed."""

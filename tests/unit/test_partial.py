@@ -54,6 +54,11 @@ def test_a_capped_half_step_fills_up_to_the_mass(seed):
     # one factor for all that are not full
     height = capped(w.log(), lse, mass)
     loose = (rows < w * (1 - 1e-9)) & (w > 0)
+    # from a cap near by, or a wrong one, the same
+    top = torch.where(torch.isfinite(lse) & (w > 0), height, -INF).amax(-1, keepdim=True)
+    for near in (top, top - 1e-3, top + 30, top - 30, top * torch.inf):
+        found = capped(w.log(), lse, mass, near)
+        torch.testing.assert_close(masses(w.log(), lse, mass, found), rows, rtol=1e-9, atol=1e-15)
     assert bool((height[loose] == height.amax(-1, keepdim=True).expand_as(height)[loose]).all())
 
 
