@@ -69,8 +69,8 @@ def sinkhorn_divergence(
     .. math:: S(\mu, \nu) = OT(\mu, \nu) - \tfrac12 OT(\mu, \mu) - \tfrac12 OT(\nu, \nu)
         + \tfrac\varepsilon2 (m_\mu - m_\nu)^2
 
-    with ``OT`` the entropic cost, `Bridge.cost`, and ``m`` the masses, equal unless ``relax`` or ``mass`` is given.  It interpolates between
-    unregularised transport (small eps) and a squared kernel distance (large eps).  It is at least 0 where
+    with ``OT`` the entropic cost, `Bridge.cost`, and ``m`` the masses, equal unless ``relax`` or ``mass`` is given.  It
+    interpolates between unregularised transport (small eps) and a squared kernel distance (large eps).  It is at least 0 where
     ``exp(-C / eps)`` is positive definite, as for `Quadratic`, `Cosine`, and `Lp` with ``power <= p <= 2``.
 
     Differentiable in points, weights and cost matrices, through all three terms; for atoms the gradient streams, and memory

@@ -136,15 +136,20 @@ def solve(
         q = inverse * rest
         old, rho = rho, (rest * q).sum(-1, keepdim=True)
         p = torch.where(busy[..., None], q + (rho / old) * p, 0.0)
-    left = float((rest.abs().sum(-1) / goal.clamp(min=torch.finfo(goal.dtype).tiny)).max())
-    if left * REST * torch.finfo(rest.dtype).eps > 1e-3 and float(goal.max()) > 0:
-        warnings.warn(
-            f"the gradient through the plan is solved to {left * REST * torch.finfo(rest.dtype).eps:.0e} only; "
-            "raise eps, or use float64",
-            NotConverged,
-            stacklevel=2,
-        )
+    _tell(rest, goal)
     return rows(eps * grad_f - plan.times(beta)), beta
+
+
+def _tell(rest: Tensor, goal: Tensor) -> None:
+    """A warning where conjugate gradients ended far from ``goal``."""
+    machine = torch.finfo(rest.dtype).eps
+    left = REST * machine * float((rest.abs().sum(-1) / goal.clamp(min=torch.finfo(goal.dtype).tiny)).max())
+    if left > 1e-3 and float(goal.max()) > 0:
+        warnings.warn(
+            f"the gradient through the plan is solved to {left:.0e} only; raise eps, or use float64",
+            NotConverged,
+            stacklevel=3,
+        )
 
 
 def _level(v: Tensor, which: Tensor) -> Tensor:
@@ -154,7 +159,7 @@ def _level(v: Tensor, which: Tensor) -> Tensor:
 
 
 def at_cap(potential: Tensor, weights: Tensor, mass: Tensor, unit: Eps) -> Tensor:
-    """The atoms of a partial plan that are at the cap; none where a side is carried whole, and the mass prescribes nothing more."""
+    """The atoms of a partial plan that are at the cap; none of a side that is carried whole."""
     machine = torch.finfo(potential.dtype).eps
     whole = weights.double().sum(-1)
     partly = (whole - mass > 64 * machine * whole)[..., None]
@@ -198,7 +203,9 @@ class _Potentials(torch.autograd.Function):
             plan = Plan(kernel, left, right, eps)
             # potentials where there is no mass are c-transforms, which the caller writes out
             capped = None if mass is None else (at_cap(f, a, mass, unit), at_cap(g, b, mass, unit))
-            alpha, beta = solve(plan, ctx.relax, torch.where(a > 0, grad_f, 0.0), torch.where(b > 0, grad_g, 0.0), capped)
+            alpha, beta = solve(
+                plan, ctx.relax, torch.where(a > 0, grad_f, 0.0), torch.where(b > 0, grad_g, 0.0), capped
+            )
             # P_ij / a_i and P_ij / b_j are finite at an atom of zero weight too
             over_a = -torch.exp(f / unit) * signed(kernel, right, beta, eps)
             over_b = -torch.exp(g / unit) * signed(kernel.T, left, alpha, eps)

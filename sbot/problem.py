@@ -266,10 +266,11 @@ class Problem:
             reachable = (live @ table.mT if table.ndim == 2 else (table @ live[..., None])[..., 0]) > 0
             lost = ~reachable & (here.weights > 0)
             if rho == INF and self.mass is None and bool(lost.any()):
-                *which, index = torch.nonzero(lost)[0].tolist()
+                place = torch.nonzero(lost)[0].tolist()
+                *which, index = place
                 each = table.expand(*here.batch_shape, *table.shape[-2:])
-                if bool(each[(*which, index)].any()):
-                    raise InvalidProblem(lost_atom(name, [*which, index]))
+                if bool(each[tuple(place)].any()):
+                    raise InvalidProblem(lost_atom(name, place))
                 raise InvalidProblem(
                     f"the cost matrix has no finite entry in {line} {index}{in_problem(which)}; every {line} needs a pair that "
                     "is allowed: drop the atom, allow one, or relax the marginals: relax="

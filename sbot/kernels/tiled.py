@@ -13,7 +13,6 @@ from ..costs import Cost
 from ..linalg import Eps, along
 from .base import LogKernel
 
-
 #: Points, evenly spaced in their order, that say where the middle of a cloud is.
 SHOWN = 64
 

@@ -388,4 +388,6 @@ def test_partial_divergences_in_a_batch(generator):
     mass = torch.tensor([0.3, 0.9], dtype=torch.float64)
     both = sbot.sinkhorn_divergence(x, y, 0.1, mass=mass)
     for k in range(2):
-        torch.testing.assert_close(both[k], sbot.sinkhorn_divergence(x[k], y[k], 0.1, mass=float(mass[k])), rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(
+            both[k], sbot.sinkhorn_divergence(x[k], y[k], 0.1, mass=float(mass[k])), rtol=1e-6, atol=1e-9
+        )

@@ -36,7 +36,16 @@ def numbers(bridge):
     return {**found, "sum of the potentials elsewhere": (f(z) + g(z)).sum()}
 
 
-NAMES = ["plan", "potentials", "linear cost", "map", "map elsewhere", "drift", "density", "sum of the potentials elsewhere"]
+NAMES = [
+    "plan",
+    "potentials",
+    "linear cost",
+    "map",
+    "map elsewhere",
+    "drift",
+    "density",
+    "sum of the potentials elsewhere",
+]
 
 
 def slopes(make, inputs, name, step=1e-5):
