@@ -266,6 +266,8 @@ class _Reduction(torch.autograd.Function):
         given, bias, values, lse, avg, *leaves = ctx.saved_tensors
         eps = ctx.eps if given is None else linalg.plain(given)
         kernel = ctx.kernel.on(leaves)
+        # tiles of half the size fit where those of the solve were, though small tensors may lie there now
+        kernel.copies = max(2, kernel.copies)
         d_bias = torch.zeros_like(bias)
         d_values = None if values is None else torch.zeros_like(values)
         d_eps = (
