@@ -295,8 +295,9 @@ class Bridge(ABC):
 
     @in_result_dtype
     def transport(self, x: Any = None) -> Tensor:
-        """The entropic map ``E[X_1 | X_0 = x]``, ``(*b, n, d)``; ``x=None`` means the atoms of mu."""
-        return self.condition(x).mean
+        """The entropic map ``E[X_1 | X_0 = x]``, ``(*b, n, d)``; ``x=None`` means the atoms of mu, 0 at padding."""
+        mean, mu = self.condition(x).mean, self.problem.mu
+        return mu.blank(mean, 1) if x is None and isinstance(mu, Discrete) else mean
 
     def interpolate(self, t: float, n: int, *, generator: torch.Generator | None = None) -> Tensor:
         """Draw ``n`` samples of ``X_t``, ``(*b, n, d)``."""

@@ -219,6 +219,7 @@ def commands() -> None:
 @click.option("--cost", type=click.Choice(list(COSTS)), help="A cost instead of a reference: no paths then.")
 @click.option("--cost-matrix", type=_INPUT, help="Cost between the bins; SOURCE and TARGET are then histograms.")
 @click.option("--relax", type=float, nargs=2, metavar="RHO_MU RHO_NU", help="Relax the marginals; inf holds one.")
+@click.option("--mass", type=float, help="What the plan carries within the two marginals, which are then bounds.")
 @click.option("--solver", default="auto", type=click.Choice(["auto", *(type(s).__name__.lower() for s in SOLVERS)]))
 @click.option("--tol", type=float, help="Marginal error to stop at; default what the dtype can reach.")
 @click.option("--max-iter", type=int, help="Iterations in total.")
@@ -253,7 +254,7 @@ def solve(source: Path, target: Path, out: Path, quiet: bool, **asked: Any) -> i
     return _verdict(bridge.report, f"{out} is written and marked")
 
 
-_PROBLEM = ("eps", "reference", "cost", "cost_matrix", "relax", "dtype", "gaussian")
+_PROBLEM = ("eps", "reference", "cost", "cost_matrix", "relax", "mass", "dtype", "gaussian")
 
 
 def _problem(
@@ -264,6 +265,7 @@ def _problem(
     cost: str | None,
     cost_matrix: Path | None,
     relax: tuple[float, float] | None,
+    mass: float | None,
     dtype: str | None,
     gaussian: bool,
 ) -> Problem:
@@ -275,7 +277,7 @@ def _problem(
         values = read_points(cost_matrix)[0]
         charge = MatrixCost(values.to(wanted or values.dtype))
     mu, nu = (_measure(path, wanted, cost_matrix is not None, gaussian) for path in (source, target))
-    return Problem.of(mu, nu, eps, reference, charge, relax)
+    return Problem.of(mu, nu, eps, reference, charge, relax, mass)
 
 
 def _verdict(report: Report, where: str) -> int:
@@ -319,6 +321,14 @@ def transport(bridge: Path, source: Path, out: Path) -> None:
     click.echo(f"wrote {moved.shape[-2]} points to {out}")
 
 
+def _marginals(problem: Problem) -> str:
+    """What holds of the marginals of the plan."""
+    if problem.mass is not None:
+        said = " to ".join(dict.fromkeys(f"{float(end):.6g}" for end in torch.aminmax(problem.mass)))
+        return f"bounds, mass {said}"
+    return ", ".join("hard" if rho == float("inf") else f"relaxed by {rho:g}" for rho in problem.relax)
+
+
 @commands.command()
 @click.argument("bridge", type=_INPUT)
 def info(bridge: Path) -> None:
@@ -331,7 +341,7 @@ def info(bridge: Path) -> None:
         "nu": problem.nu,
         "eps": problem.said_eps,
         "reference": problem.reference,
-        "relax": ", ".join("hard" if rho == float("inf") else f"{rho:g}" for rho in problem.relax),
+        "marginals": _marginals(problem),
         "solver": report.solver,
         "converged": f"{'yes' if report.converged else 'NO'} ({report.reason})",
         "error": f"{report.error:.3e}",

@@ -198,7 +198,7 @@ class MatrixCost(Cost):
 
     Raises
     ------
-    InvalidProblem : NaN or -inf, fewer than two dimensions, a row or a column with no finite entry.
+    InvalidProblem : NaN or -inf, fewer than two dimensions.
 
     Examples
     --------
@@ -223,19 +223,6 @@ class MatrixCost(Cost):
             )
         #: whether some pair is forbidden
         self.forbids = high == math.inf
-        if self.forbids:
-            self._check_forbidden()
-
-    def _check_forbidden(self) -> None:
-        finite = torch.isfinite(self.values)
-        for axis, word in ((-1, "row"), (-2, "column")):
-            closed = torch.nonzero(~finite.any(axis))
-            if len(closed):
-                *which, index = closed[0].tolist()
-                raise InvalidProblem(
-                    f"the cost matrix has no finite entry in {word} {index}{in_problem(which)}; "
-                    f"every {word} needs a pair that is allowed: drop the atom or allow one"
-                )
 
     def matrix(self, x: Tensor, y: Tensor) -> Tensor:
         n, m = self.values.shape[-2:]

@@ -23,7 +23,7 @@ from .kernels import COPIES, DenseKernel, LogKernel, make_kernel, require_memory
 from .linalg import Eps, along
 from .measures import Discrete, Gaussian, Measure, categorical
 from .metrics import Estimate
-from .partial import ceiling, masses
+from .partial import ceiling, masses, support
 from .potentials import Atoms, Potential
 from .problem import Problem
 from .reference import LinearReference
@@ -123,59 +123,78 @@ class DiscreteCoupling(Coupling):
     @property
     def ceilings(self) -> tuple[Tensor, Tensor] | None:
         """``max f`` and ``max g`` of a partial plan, ``(*b, 1)``."""
+        with torch.no_grad():
+            return self.moving_ceilings
+
+    @property
+    def moving_ceilings(self) -> tuple[Tensor, Tensor] | None:
+        """`ceilings` that follow the data."""
         if self.problem.mass is None:
             return None
-        ends = zip((self._mu.weights, self._nu.weights), self._logs, strict=True)
-        return tuple(ceiling(along(self.eps, 1) * (log - w.detach().log()), w.detach()) for w, log in ends)  # type: ignore[return-value]
+        ends, unit = zip((self._mu.weights, self._nu.weights), self._free, strict=True), along(self.problem.free_eps, 1)
+        tops = [ceiling(unit * (log - torch.where(w > 0, w, 1.0).log()), w) for w, log in ends]
+        return (tops[0], tops[1]) if self._attached else (tops[0].detach(), tops[1].detach())
 
     def attached(self, unroll: int | None) -> tuple[Atoms, Atoms]:
         """The potentials as functions of the data, see `PotentialBridge.differentiable`."""
-        if self.problem.mass is not None:
+        if self.problem.mass is not None and unroll is not None:
             raise Unsupported(
-                "derivatives of a partial plan are not known here; cost() has its gradients, without this call"
+                "a partial plan is not differentiated through its iterations, which have kinks; drop unroll="
             )
         a, b, (x, y) = self._mu.weights, self._nu.weights, self.problem.sites
         for name, side in (("mu", self._mu), ("nu", self._nu)):
             if side.weights.requires_grad and bool(((side.weights == 0) & side.mask).any()):
                 raise InvalidProblem(f"{name} has weights that are zero and want a gradient; drop these atoms")
-        f, g = (torch.where(torch.isfinite(part), part, 0.0) for part in self.dual_values())
+        values = self.dual_values()
+        part = tuple(torch.isfinite(value) for value in values)
+        f, g = (torch.where(live, value, 0.0) for live, value in zip(part, values, strict=True))
         kernel, eps = make_kernel(self.problem.cost, x, y), self.problem.free_eps
         unit = along(eps, 1)
         if unroll is None:
-            f, g = implicit.potentials(kernel, self.problem.relax, eps, f, g, a, b)
+            f, g = implicit.potentials(kernel, self.problem.relax, eps, f, g, a, b, self.problem.mass)
         else:
             f, g = f.detach(), g.detach()
             scale = [damping(rho, unit) * unit for rho in self.problem.relax]
             for _ in range(unroll):
-                g = -scale[1] * kernel.T.reduce(a.log() + f / unit, eps)[0]
-                f = -scale[0] * kernel.reduce(b.log() + g / unit, eps)[0]
+                g = torch.where(part[1], -scale[1] * kernel.T.reduce(a.log() + f / unit, eps)[0], 0.0)
+                f = torch.where(part[0], -scale[0] * kernel.reduce(b.log() + g / unit, eps)[0], 0.0)
+        # atoms that forbidden pairs leave where they are have no part in the plan
+        left, right = (
+            torch.where(live | (weights == 0), _log_weights(weights, value, unit), -torch.inf)
+            for live, weights, value in zip(part, (a, b), (f, g), strict=True)
+        )
         numbered = not x.dtype.is_floating_point
         at_x, at_y = self.problem.values
         return (
-            Atoms(x, _log_weights(a, f, unit), at_x if numbered else None),
-            Atoms(y, _log_weights(b, g, unit) + self.problem.log_normaliser(eps), at_y if numbered else None),
+            Atoms(x, left, at_x if numbered else None),
+            Atoms(y, right + self.problem.log_normaliser(eps), at_y if numbered else None),
         )
 
     def dual_values(self) -> tuple[Tensor, Tensor]:
-        """``f`` and ``g`` at the atoms; atoms of zero weight take the value of the c-transform."""
-        kernel, unit = self._kernel(), along(self.eps, 1)
+        """``f`` and ``g`` at the atoms; atoms of zero weight take the value of the c-transform, and padding 0."""
+        kernel, unit, tops = self._kernel(), along(self.eps, 1), self.ceilings
         out = []
         for side, (weights, here, there, damp) in enumerate(
             zip((self._mu.weights, self._nu.weights), self._logs, self._logs[::-1], self.damp, strict=True)
         ):
             live = weights.detach() > 0
             f = unit * (here - weights.detach().log())
+            # an atom that forbidden pairs leave where it is
+            f = torch.where(live & (here == -torch.inf), torch.inf if tops is None else tops[side], f)
             if not bool(live.all()):
                 transform = (kernel if side == 0 else kernel.T).reduce(there, self.eps)[0]
                 other = -damp * unit * transform
-                if self.ceilings is not None:
-                    other = torch.minimum(other, self.ceilings[side])
+                if tops is not None:
+                    other = torch.minimum(other, tops[side])
                 f = torch.where(live, f, other)
             out.append(f)
-        return out[0], out[1]
+        return self._mu.blank(out[0]), self._nu.blank(out[1])
 
     def attached_values(self) -> tuple[Tensor, Tensor]:
-        """`dual_values` that follow the data, up to a constant that is settled by ``<a, f> = <b, g>`` where all is hard."""
+        """`dual_values` that follow the data, up to a constant that is settled by ``<a, f> = <b, g>`` where all is hard.
+
+        In a partial plan it is settled by the parts that both sides have of the dual, see `partial`.
+        """
         if not self._attached:
             return self.dual_values()
         out, unit = [], along(self.problem.free_eps, 1)
@@ -184,11 +203,14 @@ class DiscreteCoupling(Coupling):
         ):
             live = weights > 0
             moving = unit * (log - torch.where(live, weights, 1.0).log())
-            out.append(torch.where(live, torch.where(live, moving, 0.0), value))
+            out.append(torch.where(live & torch.isfinite(value), torch.where(live, moving, 0.0), value))
         f, g = out
         if self.problem.relax == (math.inf, math.inf):
             a, b = self._mu.weights, self._nu.weights
-            shift = ((b * g).sum(-1) / b.sum(-1) - (a * f).sum(-1) / a.sum(-1)) / 2
+            if (s := self.problem.mass) is None:
+                shift = ((b * g).sum(-1) / b.sum(-1) - (a * f).sum(-1) / a.sum(-1)) / 2
+            else:
+                shift = (support(g, b, s) - support(f, a, s)) / s.to(f) / 2
             f, g = f + shift[..., None], g - shift[..., None]
         return f, g
 
@@ -270,18 +292,27 @@ class DiscreteCoupling(Coupling):
         (f, g), (x, y) = self.attached_values(), self.problem.sites
         leaves = make_kernel(self.problem.cost, x, y).leaves
         eps, a, b = self.problem.free_eps, self._mu.weights, self._nu.weights
-        value = _Value.apply(self, f, g, eps, a, b, *leaves)  # type: ignore[no-untyped-call]
+        value: Tensor = _Value.apply(self, f, g, eps, a, b, *leaves)  # type: ignore[no-untyped-call]
+        mass = self.problem.mass
+        if mass is not None and mass.requires_grad:
+            value = value + (mass - mass.detach()).to(f) * (ceiling(f, a) + ceiling(g, b))[..., 0]
         return value
 
     def written_out(self, f: Tensor, g: Tensor, eps: Eps, a: Tensor, b: Tensor, *leaves: Tensor) -> Tensor:
         """The dual objective as one dense expression of everything it depends on."""
         cost = self.problem.cost
         c = leaves[0] if isinstance(cost, MatrixCost) else cost.written_out(leaves[0], leaves[1])
-        mass = (
-            a[..., :, None] * b[..., None, :] * torch.exp((f[..., :, None] + g[..., None, :] - c) / along(eps, 2))
-        ).sum((-2, -1))
+        if (s := self.problem.mass) is not None:
+            terms = support(f, a, s) + support(g, b, s)
+        else:
+            terms = (a * dual_term(f, self.problem.relax[0])).sum(-1)
+            terms = terms + (b * dual_term(g, self.problem.relax[1])).sum(-1)
+        # an atom that forbidden pairs leave where it is has an infinite potential, and no mass in the plan
+        f, g = (torch.where(torch.isfinite(part), part, 0.0) for part in (f, g))
+        real = self._mu.mask[..., :, None] & self._nu.mask[..., None, :]
+        exponent = torch.where(real, (f[..., :, None] + g[..., None, :] - c) / along(eps, 2), -torch.inf)
+        mass = (a[..., :, None] * b[..., None, :] * torch.exp(exponent)).sum((-2, -1))
         whole = a.sum(-1) * b.sum(-1)
-        terms = (a * dual_term(f, self.problem.relax[0])).sum(-1) + (b * dual_term(g, self.problem.relax[1])).sum(-1)
         return terms - eps * (mass - whole)
 
     def _envelope(self) -> Tensor:
@@ -292,14 +323,18 @@ class DiscreteCoupling(Coupling):
     def envelope(self, f: Tensor, g: Tensor, eps: Eps, a: Tensor, b: Tensor, *leaves: Tensor) -> Tensor:
         """The dual objective at constants f and g, with streamed derivatives in the rest."""
         rho_a, rho_b = self.problem.relax
-        # an atom of zero weight that no pair reaches has an infinite potential and no part in the value
-        f, g = (torch.where(torch.isfinite(part), part, 0.0) for part in (f.detach(), g.detach()))
+        f, g = f.detach(), g.detach()
+        term_a, term_b = dual_term(f, rho_a), dual_term(g, rho_b)
+        # the potential of an atom that no pair reaches is infinite: a penalty where its marginal is relaxed, else it weighs 0
+        term_a, term_b = (torch.where(torch.isfinite(term), term, 0.0) for term in (term_a, term_b))
+        f, g = (torch.where(torch.isfinite(part), part, 0.0) for part in (f, g))
         kernel = make_kernel(self.problem.cost, *(site.detach() for site in self.problem.sites)).on(leaves)
         held, unit = linalg.plain(eps), along(eps, 1)
         lse = kernel.reduce(_log_weights(b.detach(), g, unit), eps)[0]
-        density = torch.exp(f / unit + lse)  # row sums of P over a
+        # row sums of P over a; none at padding, whose potential is no c-transform
+        density = torch.exp(torch.where(self._mu.mask, f / unit + lse, -torch.inf))
         mass_a, mass_b = a.detach().sum(-1, keepdim=True), b.detach().sum(-1, keepdim=True)
-        term_a, term_b, tops = dual_term(f, rho_a), dual_term(g, rho_b), self.ceilings
+        tops = self.ceilings
         if tops is not None:
             # see `partial`: <a, f - max f> + s max f
             term_a, term_b = f - tops[0], g - tops[1]
@@ -308,12 +343,12 @@ class DiscreteCoupling(Coupling):
         if tops is not None and self.problem.mass is not None:
             total = total + self.problem.mass.to(f) * (tops[0] + tops[1])[..., 0]
         if torch.is_grad_enabled() and a.requires_grad:
-            total = total + ((a - a.detach()) * slope_a).sum(-1)
+            total = total + ((a - a.detach()) * self._mu.blank(slope_a)).sum(-1)
         if torch.is_grad_enabled() and b.requires_grad:
             held_kernel = kernel.on([leaf.detach() for leaf in leaves])
             back = held_kernel.T.reduce(_log_weights(a.detach(), f, along(held, 1)), held)[0]
             slope_b = term_b + along(held, 1) * (mass_a - torch.exp(g / along(held, 1) + back))
-            total = total + ((b - b.detach()) * slope_b).sum(-1)
+            total = total + ((b - b.detach()) * self._nu.blank(slope_b)).sum(-1)
         return total
 
     def _tiles(self, left: Tensor, right: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -370,7 +405,8 @@ class DiscreteCoupling(Coupling):
             change = torch.where(rest_a[..., rows, None] * rest_b[..., None, :] > 0, new.log() - log_p, move)
             term = torch.where(new > 0, new * change, 0.0) - new + p
             excess += eps * term.sum((-2, -1))
-        return excess.clamp(min=0).to(self.problem.dtype)
+        # where the plan overflows nothing is known
+        return excess.clamp(min=0).nan_to_num(nan=math.inf, posinf=math.inf).to(self.problem.dtype)
 
     def between(self, t: float) -> None:
         return None
@@ -487,7 +523,7 @@ class DiscreteCoupling(Coupling):
         lse = kernel.reduce(right, self.eps)[0]
         laws = kernel.softmax_tiles(right, self.eps, lse)
         entropy = torch.cat([torch.special.entr(law).sum(-1, dtype=torch.float64) for _, law in laws], -1)
-        return torch.where(lse == -torch.inf, 0.0, entropy.exp()).to(lse)
+        return self._mu.blank(torch.where(lse == -torch.inf, 0.0, entropy.exp()).to(lse))
 
     @torch.no_grad()
     def information(self) -> Tensor:

@@ -11,7 +11,8 @@ more than ``OT(mu, nu)``, and put in its place it leaves
     \sigma = e^{p/\varepsilon} \mu - e^{q/\varepsilon} \nu,
 
 the last term of S being what remains of the constants ``eps m m`` of the three duals (Feydy et al. 2019, Sejourne et al.
-2019).  This holds for any p and q, so that S is no less than 0 however far the solves got.
+2019).  This holds for any p and q, so that S is no less than 0 however far the solves got.  It needs no more of the three duals
+than that f and g enter them apart, which with a prescribed mass they do as well (`partial.support`).
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ def sinkhorn_divergence(
     reference: Reference | None = None,
     cost: Any = None,
     relax: Any = None,
+    mass: Any = None,
     solver: str | Solver = "auto",
     progress: Any = None,
 ) -> Tensor:
@@ -67,8 +69,8 @@ def sinkhorn_divergence(
     .. math:: S(\mu, \nu) = OT(\mu, \nu) - \tfrac12 OT(\mu, \mu) - \tfrac12 OT(\nu, \nu)
         + \tfrac\varepsilon2 (m_\mu - m_\nu)^2
 
-    with ``OT`` the entropic cost, `Bridge.cost`, and ``m`` the masses, equal unless ``relax`` is given.  It interpolates between
-    unregularised transport (small eps) and a squared kernel distance (large eps).  It is at least 0 where
+    with ``OT`` the entropic cost, `Bridge.cost`, and ``m`` the masses, equal unless ``relax`` or ``mass`` is given.  It
+    interpolates between unregularised transport (small eps) and a squared kernel distance (large eps).  It is at least 0 where
     ``exp(-C / eps)`` is positive definite, as for `Quadratic`, `Cosine`, and `Lp` with ``power <= p <= 2``.
 
     Differentiable in points, weights and cost matrices, through all three terms; for atoms the gradient streams, and memory
@@ -82,6 +84,8 @@ def sinkhorn_divergence(
     reference : `Brownian` (the default), or another one with a symmetric cost.
     cost : a symmetric `Cost` or function, or three matrices ``(C_xy, C_xx, C_yy)``: between mu and nu, and within each.
     relax : one number: marginals are only encouraged, by ``rho KL``, and masses may differ.
+    mass : what the plans of all three terms carry within their marginals, which are then bounds: at most the mass of either
+        side; one number, or ``(*b,)``.  Measures that differ only in what they leave behind may then be at 0 too.
     solver : "auto", or ``Sinkhorn(...)`` with its options; its tolerance is that of all three terms.
     progress : None, True for a progress bar, or a function of `Progress`.
 
@@ -109,7 +113,7 @@ def sinkhorn_divergence(
     tensor([-1.0000, -1.0000], dtype=torch.float64)
     """
     with full_precision():
-        problem, within = _problems(mu, nu, eps, reference, cost, relax)
+        problem, within = _problems(mu, nu, eps, reference, cost, relax, mass)
         chosen = choose_solver(problem, solver)
         if isinstance(chosen, ClosedForm):
             across, *ends = (chosen.solve(part.to(dtype=torch.float64)).cost() for part in (problem, *within))
@@ -183,6 +187,8 @@ def _alone(problem: Problem, solver: Sinkhorn, tolerance: float, show: Callable[
 
     ``T`` is nonexpansive, its fixed point is the solution by symmetry, and it is near 0: neither annealing nor Newton is needed.
     """
+    if problem.mass is not None:
+        return _as_any_other(problem, solver)
     mu, eps, unit, rho = problem.mu, problem.eps, along(problem.eps, 1), problem.relax[0]
     assert isinstance(mu, Discrete)
     a = mu.weights.detach()
@@ -226,16 +232,20 @@ def _as_any_other(problem: Problem, solver: Sinkhorn) -> _Self:
 def _logs(end: Any, potential: Tensor, eps: Eps) -> Tensor:
     """``log a + p / eps`` in float64."""
     weights = end.weights.detach()
-    return torch.where(weights > 0, weights.log() + potential.double() / along(eps, 1), -torch.inf)
+    # the potential of an atom that forbidden pairs leave where it is is infinite, and the plan has no mass there
+    part = (weights > 0) & torch.isfinite(potential)
+    return torch.where(part, weights.log() + potential.double() / along(eps, 1), -torch.inf)
 
 
 # ---- the door ------------------------------------------------------------------------------------------------------
 
 
-def _problems(mu: Any, nu: Any, eps: Any, reference: Any, cost: Any, relax: Any) -> tuple[Problem, list[Problem]]:
+def _problems(
+    mu: Any, nu: Any, eps: Any, reference: Any, cost: Any, relax: Any, mass: Any
+) -> tuple[Problem, list[Problem]]:
     """The problem from mu to nu, and those from each to itself."""
     three = cost if isinstance(cost, tuple) and len(cost) == 3 else None
-    problem = Problem.of(mu, nu, eps, reference, cost if three is None else three[0], relax)
+    problem = Problem.of(mu, nu, eps, reference, cost if three is None else three[0], relax, mass)
     if problem.relax[0] != problem.relax[1]:
         raise InvalidProblem(
             f"relax is {problem.relax}: with another strength on each side the divergence of a measure from itself is "
@@ -263,6 +273,7 @@ def _itself(problem: Problem, matrix: Any, k: int) -> Problem:
         values = charge.values.to(problem.dtype)
         whole = replace(problem, mu=end, nu=end, reference=Static(MatrixCost(values)))
         whole._check_shapes()
+        whole._check_feasible()
     except InvalidProblem as fault:
         raise InvalidProblem(f"{what} is wrong: {fault}") from None
     if not _symmetric(values.detach()):

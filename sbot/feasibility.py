@@ -209,15 +209,11 @@ def by_potentials(
 
 
 @torch.no_grad()
-def unreached(kernel: LogKernel, a: Tensor, b: Tensor) -> tuple[str, list[int]] | None:
-    """A side and an atom of it that has weight and no allowed pair with another that has; one pass over the cost."""
+def reached(kernel: LogKernel, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Which atoms have weight and an allowed pair with another that has, ``(*b, n)`` and ``(*b, m)``; one pass over the cost."""
     rows, columns = torch.zeros_like(a, dtype=torch.bool), torch.zeros_like(b, dtype=torch.bool)
     for tile in kernel.tiles():
         open_ = torch.isfinite(kernel.entries(tile)) & (a[..., tile, None] > 0) & (b[..., None, :] > 0)
         rows[..., tile] = open_.any(-1)
         columns |= open_.any(-2)
-    for name, reached, weights in (("mu", rows, a), ("nu", columns, b)):
-        lost = torch.nonzero(~reached & (weights > 0))
-        if len(lost):
-            return name, lost[0].tolist()
-    return None
+    return rows, columns

@@ -8,6 +8,10 @@ theorem a gradient ``(F, G)`` in ``(f, g)`` becomes one in the problem through t
 
 solved for beta by conjugate gradients on the Schur complement ``D_b - P' D_a^-1 P``.  One iteration is one pass over tiles, and
 memory does not depend on how the potentials were found.
+
+In a partial plan the atoms at the cap of each side share one multiplier, and only their common mass is prescribed: alpha and beta
+are each constant on them, and their rows, or columns, of the system are summed.  This holds as long as no atom is about to
+reach the cap or to leave it; there the potentials have a kink, and the derivative is that of one side.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from .arrays import refuse_vmap
 from .errors import NotConverged
 from .kernels import LogKernel, share_of
 from .linalg import Eps, along
+from .partial import ceiling
 
 #: Relative residual that conjugate gradients stop at, in units of the machine epsilon, and their limit.
 REST, MOST = 100.0, 2000
@@ -78,13 +83,36 @@ def sum_of(parts: Iterator[Tensor]) -> Tensor:
     return total
 
 
-def solve(plan: Plan, relax: tuple[float, float], grad_f: Tensor, grad_g: Tensor) -> tuple[Tensor, Tensor]:
-    """``alpha``, ``beta`` of the module's system, where the plan has mass; 0 elsewhere."""
+def solve(
+    plan: Plan,
+    relax: tuple[float, float],
+    grad_f: Tensor,
+    grad_g: Tensor,
+    capped: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``alpha``, ``beta`` of the module's system, where the plan has mass; 0 elsewhere.
+
+    ``capped`` says which atoms of each side of a partial plan are at its cap.
+    """
     eps = along(plan.eps, 1)
     # 1 / lambda = 1 + eps / rho
     upper, lower = (sums * (1 + eps / rho) for sums, rho in zip((plan.rows, plan.columns), relax, strict=True))
+    if capped is not None:
+        upper, lower = _level(upper, capped[0]), _level(lower, capped[1])
     over = torch.where(upper > 0, 1 / upper, 0.0)
-    rest = eps * (grad_g - plan.transposed_times(over * grad_f))
+
+    def rows(v: Tensor) -> Tensor:
+        return over * (v if capped is None else _level(v, capped[0]))
+
+    def columns(v: Tensor) -> Tensor:
+        return v if capped is None else _level(v, capped[1])
+
+    def through(v: Tensor) -> Tensor:
+        if capped is None:
+            return plan.through(over, v)
+        return columns(plan.transposed_times(rows(plan.times(v))))
+
+    rest = columns(eps * (grad_g - plan.transposed_times(rows(grad_f))))
     free = relax == (math.inf, math.inf)
     live = lower > 0
     if free:
@@ -99,7 +127,7 @@ def solve(plan: Plan, relax: tuple[float, float], grad_f: Tensor, grad_g: Tensor
         busy = rest.abs().sum(-1) > goal
         if not bool(busy.any()):
             break
-        sp = lower * p - plan.through(over, p)
+        sp = lower * p - through(p)
         curvature = (p * sp).sum(-1, keepdim=True)
         step = torch.where((curvature > 0) & busy[..., None], rho / curvature, 0.0)
         beta, rest = beta + step * p, rest - step * sp
@@ -108,16 +136,34 @@ def solve(plan: Plan, relax: tuple[float, float], grad_f: Tensor, grad_g: Tensor
         q = inverse * rest
         old, rho = rho, (rest * q).sum(-1, keepdim=True)
         p = torch.where(busy[..., None], q + (rho / old) * p, 0.0)
-    left = float((rest.abs().sum(-1) / goal.clamp(min=torch.finfo(goal.dtype).tiny)).max())
-    if left * REST * torch.finfo(rest.dtype).eps > 1e-3 and float(goal.max()) > 0:
+    _tell(rest, goal)
+    return rows(eps * grad_f - plan.times(beta)), beta
+
+
+def _tell(rest: Tensor, goal: Tensor) -> None:
+    """A warning where conjugate gradients ended far from ``goal``."""
+    machine = torch.finfo(rest.dtype).eps
+    left = REST * machine * float((rest.abs().sum(-1) / goal.clamp(min=torch.finfo(goal.dtype).tiny)).max())
+    if left > 1e-3 and float(goal.max()) > 0:
         warnings.warn(
-            f"the gradient through the plan is solved to {left * REST * torch.finfo(rest.dtype).eps:.0e} only; "
-            "raise eps, or use float64",
+            f"the gradient through the plan is solved to {left:.0e} only; raise eps, or use float64",
             NotConverged,
-            stacklevel=2,
+            stacklevel=3,
         )
-    alpha = over * (eps * grad_f - plan.times(beta))
-    return alpha, beta
+
+
+def _level(v: Tensor, which: Tensor) -> Tensor:
+    """``v`` with its mean over the atoms ``which`` in their place."""
+    total = torch.where(which, v, 0.0).sum(-1, keepdim=True)
+    return torch.where(which, total / which.sum(-1, keepdim=True).clamp(min=1), v)
+
+
+def at_cap(potential: Tensor, weights: Tensor, mass: Tensor, unit: Eps) -> Tensor:
+    """The atoms of a partial plan that are at the cap; none of a side that is carried whole."""
+    machine = torch.finfo(potential.dtype).eps
+    whole = weights.double().sum(-1)
+    partly = (whole - mass > 64 * machine * whole)[..., None]
+    return partly & (weights > 0) & (potential >= ceiling(potential, weights) - math.sqrt(machine) * unit)
 
 
 class _Potentials(torch.autograd.Function):
@@ -132,6 +178,7 @@ class _Potentials(torch.autograd.Function):
         eps: Eps,
         a: Tensor,
         b: Tensor,
+        mass: Tensor | None,
         *leaves: Tensor,
     ) -> tuple[Tensor, Tensor]:
         return f.clone(), g.clone()
@@ -147,7 +194,7 @@ class _Potentials(torch.autograd.Function):
     def backward(ctx: Any, grad_f: Tensor, grad_g: Tensor) -> tuple[Tensor | None, ...]:
         refuse_vmap(grad_f, "the gradient of the potentials")
         refuse_vmap(grad_g, "the gradient of the potentials")
-        f, g, given, a, b, *leaves = ctx.saved_tensors
+        f, g, given, a, b, mass, *leaves = ctx.saved_tensors
         kernel, eps = ctx.kernel.on(leaves), ctx.eps if given is None else linalg.plain(given)
         unit = along(eps, 1)
         left, right = a.log() + f / unit, b.log() + g / unit
@@ -155,10 +202,23 @@ class _Potentials(torch.autograd.Function):
         with linalg.full_precision():
             plan = Plan(kernel, left, right, eps)
             # potentials where there is no mass are c-transforms, which the caller writes out
-            alpha, beta = solve(plan, ctx.relax, torch.where(a > 0, grad_f, 0.0), torch.where(b > 0, grad_g, 0.0))
+            capped = None if mass is None else (at_cap(f, a, mass, unit), at_cap(g, b, mass, unit))
+            alpha, beta = solve(
+                plan, ctx.relax, torch.where(a > 0, grad_f, 0.0), torch.where(b > 0, grad_g, 0.0), capped
+            )
             # P_ij / a_i and P_ij / b_j are finite at an atom of zero weight too
             over_a = -torch.exp(f / unit) * signed(kernel, right, beta, eps)
             over_b = -torch.exp(g / unit) * signed(kernel.T, left, alpha, eps)
+            over_mass = None
+            if capped is not None:
+                # what is taken from the atoms at the cap, of each of which a share of the weight is filled
+                shared = [
+                    torch.where(which, part, -torch.inf).amax(-1).nan_to_num(neginf=0.0)
+                    for which, part in zip(capped, (alpha, beta), strict=True)
+                ]
+                over_a = over_a - torch.exp(f / unit + plan.lse) * shared[0][..., None]
+                over_b = over_b - torch.exp(g / unit + kernel.T.reduce(left, eps)[0]) * shared[1][..., None]
+                over_mass = (shared[0] + shared[1]).to(mass)
 
             def tiles() -> Iterator[tuple[slice, Tensor]]:
                 for rows, law in plan.laws():
@@ -170,23 +230,32 @@ class _Potentials(torch.autograd.Function):
                     yield rows, w
 
             grads = kernel.pull_back(tiles())
-        return None, None, None, None, share_of(given, slope, eps), over_a, over_b, *grads
+        return None, None, None, None, share_of(given, slope, eps), over_a, over_b, over_mass, *grads
 
 
 def signed(kernel: LogKernel, bias: Tensor, values: Tensor, eps: Eps) -> Tensor:
     """``sum_j exp(bias_j - C_ij / eps) values_j`` for values of any sign."""
     lse, mean = kernel.reduce(bias, eps, values[..., None])
     assert mean is not None
-    return torch.exp(lse) * mean[..., 0]
+    return torch.where(lse == -torch.inf, 0.0, torch.exp(lse) * mean[..., 0])
 
 
 def potentials(
-    kernel: LogKernel, relax: tuple[float, float], eps: Eps, f: Tensor, g: Tensor, a: Tensor, b: Tensor
+    kernel: LogKernel,
+    relax: tuple[float, float],
+    eps: Eps,
+    f: Tensor,
+    g: Tensor,
+    a: Tensor,
+    b: Tensor,
+    mass: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The solution ``(f, g)`` with its derivatives in eps, ``a``, ``b`` and the leaves of ``kernel``.
+    """The solution ``(f, g)`` with its derivatives in eps, ``a``, ``b``, ``mass`` and the leaves of ``kernel``.
 
     ``f`` and ``g`` are ``(*b, n)`` and ``(*b, m)`` in cost units, finite everywhere; ``relax`` has the strength of both
-    marginals.  A balanced solution is known up to a constant: only what does not depend on it has a derivative.
+    marginals, and ``mass`` is that of a partial plan, ``(*b,)``.  A solution with hard marginals, or bounds, is known up to a
+    constant: only what does not depend on it has a derivative.
     """
-    f, g = _Potentials.apply(kernel, relax, f.detach(), g.detach(), eps, a, b, *kernel.leaves)  # type: ignore[no-untyped-call]
+    inputs = kernel, relax, f.detach(), g.detach(), eps, a, b, mass, *kernel.leaves
+    f, g = _Potentials.apply(*inputs)  # type: ignore[no-untyped-call]
     return f, g

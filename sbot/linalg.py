@@ -51,7 +51,12 @@ def pulled_back(function: Callable[..., Any], at: Sequence[Tensor], grads: Any) 
         return got
     with torch.enable_grad():
         leaves = [part.detach().requires_grad_() for part in at]
-        return torch.autograd.grad(function(*leaves), leaves, grads, allow_unused=True)
+        found = function(*leaves)
+        pairs = zip(found, grads, strict=True) if isinstance(found, tuple) else ((found, grads),)
+        # one number: given gradients of anything else, torch imports its symbolic shapes, and 30 MB of algebra with them
+        number = sum(torch.dot(out.reshape(-1), grad.reshape(-1)) for out, grad in pairs)
+        assert isinstance(number, Tensor)
+        return torch.autograd.grad(number, leaves, allow_unused=True)
 
 
 @cache

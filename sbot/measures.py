@@ -73,8 +73,8 @@ class Discrete(Measure):
     points : ``(*b, n, d)``, finite.  None makes a histogram, whose atoms are known only by number: give a cost matrix.
     weights : ``(*b, n)``, non-negative with a positive sum; the default is ``1 / n`` each.  Either may lack leading batch
         dimensions that the other has: it is then shared by all problems, without copies.
-    sizes : ``(*b,)``, how many atoms each problem has where they differ; the rest is padding, of zero weight.  `ragged` and
-        `from_list` pad for you.
+    sizes : ``(*b,)``, how many atoms each problem has where they differ; the rest is padding, of zero weight: whatever points
+        ``(*b, n, d)`` hold there is replaced by the last real one, without its gradient.  `ragged` and `from_list` pad for you.
 
     Attributes
     ----------
@@ -102,6 +102,8 @@ class Discrete(Measure):
         self.source_dtype = given[0] if len(given) == 1 else torch.promote_types(*given)
         dtype = compute_dtype(self.source_dtype)
         if p is not None:
+            if sizes is not None:
+                p = _padded(p, sizes, name)
             # a copy of its own: points changed later do not change the bridge
             p = once(require_finite(_check_points(p, name).to(dtype), f"{name} points", 2), torch.clone, 2)
         if w is None:
@@ -153,8 +155,7 @@ class Discrete(Measure):
         place = torch.arange(n, device=p.device)
         real = place < sizes[:, None]
         index = cuts[:-1, None] + torch.minimum(place, sizes[:, None] - 1)
-        # padding is a copy of a point and not the point: it has no derivative
-        padded = torch.where(real[..., None], p[index], p.detach()[index])
+        padded = p[index]
         if weights is None:
             return cls(padded, sizes=sizes, name=name)
         w = as_tensor(weights, f"{name} weights", like=p)
@@ -229,6 +230,12 @@ class Discrete(Measure):
             return torch.ones((), dtype=torch.bool, device=self.device).expand(self.weights.shape)
         return torch.arange(self.n, device=self.device) < self.sizes[..., None]
 
+    def blank(self, values: Tensor, dims: int = 0) -> Tensor:
+        """``values``, of ``dims`` dimensions at each atom, with zeros at padding."""
+        if self.sizes is None:
+            return values
+        return torch.where(self.mask.reshape(self.mask.shape + (1,) * dims), values, 0.0)
+
     def reweighted(self, weights: Tensor) -> Discrete:
         """The same atoms with other weights, ``(*b, n)``; shares the points."""
         return self._like(self.points, weights, self.sizes)
@@ -271,6 +278,18 @@ def _check_points(points: Tensor, name: str) -> Tensor:
     if points.ndim == 0 or 0 in points.shape:
         raise InvalidProblem(f"{name} points have shape {tuple(points.shape)}; give (n, d) with n >= 1 and d >= 1")
     return points
+
+
+def _padded(points: Tensor, sizes: Any, name: str) -> Tensor:
+    """Padding is a copy of the last point and not the point: it has no derivative."""
+    points = _check_points(points, name)
+    count = torch.as_tensor(sizes, device=points.device)
+    if tuple(count.shape) != tuple(points.shape[:-2]):
+        return points  # points that the problems share: beyond the sizes of one are those of another
+    count = _check_sizes(sizes, tuple(points.shape[:-2]), points.shape[-2], points.device, name)
+    last = torch.take_along_dim(points.detach(), (count - 1)[..., None, None], -2)
+    real = torch.arange(points.shape[-2], device=points.device) < count[..., None]
+    return torch.where(real[..., None], points, last)
 
 
 def _check_sizes(sizes: Any, shape: tuple[int, ...], n: int, device: torch.device, name: str) -> Tensor:

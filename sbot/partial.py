@@ -20,15 +20,22 @@ import torch
 from torch import Tensor
 
 
-def capped(log_w: Tensor, lse: Tensor, mass: Tensor) -> Tensor:
+def capped(log_w: Tensor, lse: Tensor, mass: Tensor, near: Tensor | None = None) -> Tensor:
     """``min(-lse_i, log t)`` with ``sum_i min(w_i, t w_i e^{lse_i}) = mass``: the half-step in units of eps, ``(*b, n)``.
 
     ``log_w`` and ``lse`` are ``(*b, n)``, ``mass`` is ``(*b,)``; the result is float64.  Atoms of no weight, or that nothing
-    reaches, are at the cap.
+    reaches, are at the cap.  Where the same atoms are at the cap as for log t ``near``, ``(*b, 1)``, nothing is sorted.
     """
     log_w, lse, s = log_w.double(), lse.double(), mass.double()[..., None]
     reached = (log_w > -torch.inf) & (lse > -torch.inf)
     key = torch.where(reached, -lse, torch.inf)
+    if near is not None:
+        loose = key > near
+        rest = s - torch.where(loose, 0.0, log_w.exp()).sum(-1, keepdim=True)
+        level = rest.log() - torch.where(loose, log_w - key, -torch.inf).logsumexp(-1, keepdim=True)
+        # a level that is not finite is of no atoms, or of a mass that is used up
+        if bool(((loose == (key > level)) & level.isfinite()).all()):
+            return torch.minimum(key, level)
     order = key.sort(-1)
     keys = order.values
     w = torch.where(reached, log_w, -torch.inf).gather(-1, order.indices)
@@ -48,10 +55,10 @@ def capped(log_w: Tensor, lse: Tensor, mass: Tensor) -> Tensor:
     return torch.minimum(key, torch.maximum(torch.minimum(level, high), low))
 
 
-def masses(log_w: Tensor, lse: Tensor, mass: Tensor) -> Tensor:
-    """``min(w_i, t w_i e^{lse_i})``, which sum to ``mass``; float64."""
+def masses(log_w: Tensor, lse: Tensor, mass: Tensor, height: Tensor | None = None) -> Tensor:
+    """``min(w_i, t w_i e^{lse_i})``, which sum to ``mass``; float64.  ``height`` is what `capped` made of the same, if known."""
     reached = (log_w > -torch.inf) & (lse > -torch.inf)
-    exponent = log_w.double() + lse.double() + capped(log_w, lse, mass)
+    exponent = log_w.double() + lse.double() + (capped(log_w, lse, mass) if height is None else height)
     return torch.where(reached, exponent, -torch.inf).exp()
 
 

@@ -47,7 +47,8 @@ class PotentialBridge(Bridge):
 
         ``df``, ``dg`` solve the linearised Schrödinger system (`sbot.implicit`): memory and time do not depend on how many
         iterations the solver took.  On the bridge as it was solved the potentials are constants, and only `cost` has
-        derivatives in the data.  Here `cost` has second derivatives too.
+        derivatives in the data.  Here `cost` has second derivatives too.  The potentials of a partial plan have kinks where
+        the set of atoms that are used up changes; at a kink the derivative is that of one side.
 
         Parameters
         ----------
@@ -56,7 +57,7 @@ class PotentialBridge(Bridge):
 
         Raises
         ------
-        Unsupported : a plan that does not couple atoms.
+        Unsupported : a plan that does not couple atoms; ``unroll`` for a partial plan.
         InvalidProblem : weights that want a gradient where some are zero.
 
         Examples
@@ -213,7 +214,7 @@ class PotentialBridge(Bridge):
         eps, (rho_mu, rho_nu) = self._eps, self.problem.relax
         unit = along(eps, 1)
 
-        tops = self.coupling.ceilings if isinstance(self.coupling, DiscreteCoupling) else None
+        tops = self.coupling.moving_ceilings if isinstance(self.coupling, DiscreteCoupling) else None
 
         def f(x: Any) -> Tensor:
             value = -damping(rho_mu, unit) * unit * self.condition(x).log_mass

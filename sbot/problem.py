@@ -22,6 +22,8 @@ from .reference import Reference, Static, as_reference
 from .spread import natural_eps
 
 INF = math.inf
+#: What is said of a problem without a pair to go between; the argument says which of a batch.
+NO_PAIR = "every pair of atoms that have weight is forbidden (+inf){}; allow some"
 
 
 @final
@@ -251,21 +253,39 @@ class Problem:
             raise InvalidProblem(
                 f"the cost matrix has shape {tuple(values.shape)} for {mu.n} and {nu.n} atoms; give shape {want}{shared}"
             )
-        if not cost.forbids:
-            return
+
+    def _check_reach(self, cost: MatrixCost) -> None:
+        """Atoms that may go nowhere are refused where their marginal is hard; elsewhere they stay where they are."""
+        mu, nu, values = self.mu, self.nu, cost.values
+        assert isinstance(mu, Discrete) and isinstance(nu, Discrete)
         allowed = torch.isfinite(values).to(self.dtype)
-        for name, here, there, table in (("mu", mu, nu, allowed), ("nu", nu, mu, allowed.mT)):
+        sides = ("mu", "row", mu, nu, allowed, self.relax[0]), ("nu", "column", nu, mu, allowed.mT, self.relax[1])
+        for name, line, here, there, table, rho in sides:
             live = (there.weights.detach() > 0).to(self.dtype)
             # one product for all problems that share the matrix, without a copy of it for each
             reachable = (live @ table.mT if table.ndim == 2 else (table @ live[..., None])[..., 0]) > 0
-            lost = torch.nonzero(~reachable & (here.weights > 0))
-            if len(lost):
-                raise InvalidProblem(lost_atom(name, lost[0].tolist()))
+            lost = ~reachable & (here.weights > 0)
+            if rho == INF and self.mass is None and bool(lost.any()):
+                place = torch.nonzero(lost)[0].tolist()
+                *which, index = place
+                each = table.expand(*here.batch_shape, *table.shape[-2:])
+                if bool(each[tuple(place)].any()):
+                    raise InvalidProblem(lost_atom(name, place))
+                raise InvalidProblem(
+                    f"the cost matrix has no finite entry in {line} {index}{in_problem(which)}; every {line} needs a pair that "
+                    "is allowed: drop the atom, allow one, or relax the marginals: relax="
+                )
+            closed = torch.nonzero(~(reachable & (here.weights > 0)).any(-1))
+            if len(closed):
+                raise InvalidProblem(NO_PAIR.format(in_problem(closed[0].tolist())))
 
     def _check_feasible(self) -> None:
         """Masses that the allowed pairs cannot carry are refused, where the pattern is small enough to tell."""
         cost = self.cost
-        if not isinstance(cost, MatrixCost) or not cost.forbids or self.relax != (INF, INF):
+        if not isinstance(cost, MatrixCost) or not cost.forbids:
+            return
+        self._check_reach(cost)
+        if self.relax != (INF, INF):
             return
         assert isinstance(self.mu, Discrete) and isinstance(self.nu, Discrete)
         allowed = torch.isfinite(cost.values).expand(*self.batch_shape, self.mu.n, self.nu.n)
@@ -302,7 +322,7 @@ class Problem:
                 f"mass is {asked:.9g}{self._which(k)}, and mu and nu hold {held[0]:.9g} and {held[1]:.9g}; "
                 f"give 0 < mass <= {whole:.9g}"
             )
-        return replace(self, mass=torch.minimum(s, most))
+        return replace(self, mass=s if bool((s <= most).all()) else torch.minimum(s, most))
 
     def _which(self, k: int) -> str:
         """The k-th problem of the batch, in words."""

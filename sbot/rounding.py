@@ -74,12 +74,12 @@ class FeasiblePlan:
     @torch.no_grad()
     def marginals(self) -> tuple[Tensor, Tensor]:
         """Sums of rows and of columns, ``(*b, n)`` and ``(*b, m)``."""
-        rows, columns = [], torch.zeros_like(self.right)
+        rows, columns = torch.empty_like(self.left), torch.zeros_like(self.right)
         for tile in self.kernel.tiles():
             p = self._tile(tile)
-            rows.append(p.sum(-1))
+            rows[..., tile] = p.sum(-1)
             columns += p.sum(-2)
-        return torch.cat(rows, -1), columns
+        return rows, columns
 
 
 def _log_part(kernel: LogKernel, rows: slice, left: Tensor, right: Tensor, eps: Eps) -> Tensor:
@@ -103,10 +103,11 @@ def feasible(
     def sums(side: int, here: Tensor, there: Tensor) -> Tensor:
         turned = kernel if side == 0 else kernel.T
         turned.copies = COPIES
-        out = []
+        # one tensor for all sums: small ones that stay between the tiles would keep their memory from being used again
+        out = torch.empty_like(here)
         for rows in turned.tiles():
-            out.append(_log_part(turned, rows, here, there, eps).exp_().sum(-1))
-        return torch.cat(out, -1)
+            out[..., rows] = _log_part(turned, rows, here, there, eps).exp_().sum(-1)
+        return out
 
     def shift(ratio: Tensor, weights: Tensor, cap: bool) -> Tensor:
         # where there is no mass a row is left as it is

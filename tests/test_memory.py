@@ -31,3 +31,22 @@ def test_streaming_memory():
     """A dense cost alone would be 256 MB here; values, gradients, the gap, maps and pairs stream as well."""
     out = subprocess.run([sys.executable, "-W", "ignore", "-c", SCRIPT], capture_output=True, text=True, check=True)
     assert int(out.stdout) < 150 * 2**20
+
+
+LEAN = """
+import sys
+import torch
+import sbot
+
+x = torch.rand(5, 2, requires_grad=True)
+for cost in (None, sbot.Lp(1)):
+    bridge = sbot.solve_bridge(x, x.detach() + 1, 0.5, cost=cost)
+    (bridge.cost() + bridge.differentiable().transport().sum()).backward()
+print(sorted({name.partition(".")[0] for name in sys.modules} & {"sympy", "mpmath"}))
+"""
+
+
+def test_gradients_load_no_algebra():
+    """Torch imports SymPy, 30 MB, where a gradient is asked for through anything but one number."""
+    out = subprocess.run([sys.executable, "-W", "ignore", "-c", LEAN], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

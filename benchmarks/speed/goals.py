@@ -170,7 +170,8 @@ def _gradients(records: Records) -> list[list[str]]:
         else:
             pairs = (("time", "seconds", 1.3), ("memory", "peak", 1.5))
             for what, key, most in pairs:
-                ratio = row[key] / max(row[f"{key}_value"], 1e-9)
+                answer = row.get("answer", 0) if key == "peak" else 0
+                ratio = (row[key] - answer) / max(row[f"{key}_value"], 1e-9)
                 if ratio > most:
                     out.append(["gradients", cell, f"{ratio:.2f} x the {what} of the value, {most:g} wanted"])
     return out

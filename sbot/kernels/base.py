@@ -173,11 +173,16 @@ class LogKernel(ABC):
         offset = self.offset(unit)
         return (lse if offset is None else lse.add_(offset)).mul_(LN2), avg
 
+    @property
+    def whole(self) -> bool:
+        """Whether all rows are in one tile."""
+        return next(self.tiles()).stop == self.shape[0]
+
     def conditionals(
         self,
         bias: Tensor,
         eps: Eps,
-        weights: Tensor,
+        weights: Tensor | Callable[[Tensor], Tensor],
         power: Eps,
         keep: Keep | None = None,
         room: Tensor | None = None,
@@ -185,7 +190,7 @@ class LogKernel(ABC):
         """One pass over the plan ``P_ij = r_i K_ij`` with ``K`` the softmax over j of ``bias_j - C_ij / eps``.
 
         The row masses are ``r_i = weights_i exp(power lse_i)``, with a power for all or ``(*b, 1)``: the number 0 prescribes
-        them.  What one pass can know of P is
+        them.  ``weights`` may be a function of the lse of all rows where they are in one tile.  What one pass can know of P is
         returned, and ``keep`` is shown the tiles of K, each gone when the next is made.  Memory is one tile; where there is
         ``room``, ``(*b, n, m)``, the tiles are made and left there.  Entries of K are raised to ``2^FLOOR``: a column mass of
         that size says only that the mass is smaller.
@@ -210,7 +215,10 @@ class LogKernel(ABC):
                 total = z.sub_(top).clamp_(min=floor).exp2_().sum(-1)
                 level = top.squeeze(-1) + total.log2()
                 level = (level if offset is None else level + offset[..., rows]) * LN2
-                share = weights[..., rows] if given else weights[..., rows] * torch.exp(power * level)
+                if isinstance(weights, Tensor):
+                    share = weights[..., rows] if given else weights[..., rows] * torch.exp(power * level)
+                else:
+                    share = weights(level)
                 lse[..., rows], mass[..., rows] = level, share
                 total = total.clamp_(min=torch.finfo(self.dtype).tiny)
                 columns += linalg.product(z.mT, share / total)
@@ -268,6 +276,8 @@ class _Reduction(torch.autograd.Function):
         given, bias, values, lse, avg, *leaves = ctx.saved_tensors
         eps = ctx.eps if given is None else linalg.plain(given)
         kernel = ctx.kernel.on(leaves)
+        # tiles of half the size fit where those of the solve were, though small tensors may lie there now
+        kernel.copies = max(2, kernel.copies)
         d_bias = torch.zeros_like(bias)
         d_values = None if values is None else torch.zeros_like(values)
         d_eps = (

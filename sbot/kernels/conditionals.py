@@ -52,7 +52,7 @@ class Conditionals:
         #: whether nothing is rounded or left out
         self.exact = kept == kernel.dtype == torch.float64
         # a pass may be made in place: where it is sure to stay, or so small that it is no loss where it does not
-        whole = not self.batch_shape or next(iter(kernel.tiles())).stop == self.shape[0]
+        whole = not self.batch_shape or kernel.whole
         self._in_place = fits and kept == kernel.dtype and whole and kernel.by_rows and (few or not self.sparse_works)
         self._pieces: list[tuple[Tensor, Tensor, Tensor]] | None = None
         self._rows: Tensor | None = None

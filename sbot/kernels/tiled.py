@@ -13,13 +13,17 @@ from ..costs import Cost
 from ..linalg import Eps, along
 from .base import LogKernel
 
+#: Points, evenly spaced in their order, that say where the middle of a cloud is.
+SHOWN = 64
+
 
 @final
 class TiledKernel(LogKernel):
     """``C(x_i, y_j)`` on the fly.
 
     Where the cost embeds, ``-C_ij / eps = (u_i . v_j - |u_i|^2 / 2 - |v_j|^2 / 2) / eps`` and a tile of logits is one
-    matrix product into the buffer.  The points are centred first: the expansion loses digits to a common offset.
+    matrix product into the buffer.  The points are centred first: the expansion loses digits to a common offset.  The centre
+    is that of most points, so that a few which are far off do not cost the others their digits.
     """
 
     def __init__(self, cost: Cost, x: Tensor, y: Tensor, *, flipped: bool = False) -> None:
@@ -35,7 +39,7 @@ class TiledKernel(LogKernel):
         if pair is None:
             return None
         u, v = pair[::-1] if self.flipped else pair
-        centre = (u.mean(-2, keepdim=True) + v.mean(-2, keepdim=True)) / 2
+        centre = (_middle(u) + _middle(v)) / 2
         return (u - centre).contiguous(), (v - centre).contiguous()
 
     @property
@@ -125,3 +129,12 @@ class TiledKernel(LogKernel):
             mean = (square_u.mean(-1) + square_v.mean(-1)) / 2 - (u.mean(-2) * v.mean(-2)).sum(-1)
             return mean, (square_u.amax(-1).sqrt() + square_v.amax(-1).sqrt()).square() / 2
         return super().scale()
+
+
+def _middle(points: Tensor) -> Tensor:
+    """In each coordinate the mean of the middle half, ``(*b, 1, d)``; of some of the points where they are many."""
+    some = points[..., :: max(1, -(-points.shape[-2] // SHOWN)), :]
+    cut = some.shape[-2] // 4
+    if not cut:
+        return some.mean(-2, keepdim=True)
+    return some.sort(-2).values[..., cut:-cut, :].mean(-2, keepdim=True)

@@ -55,7 +55,7 @@ class State:
     present g, ``known`` whether the model is; ``roomless`` is the smallest eps at which there was no room for one.  ``correct``
     improves a half-step where iterations stream, see `cells.Correction`; ``stiff`` remembers that conjugate gradients did not
     do.  ``mass`` is what a partial plan carries, ``(*b,)``; ``lse`` and ``height`` are then what its pass found, and ``f / eps``,
-    in float64.
+    in float64; ``caps`` are the last ones of f and g, ``(*b, 1)``, in units of eps.
     """
 
     kernel: LogKernel
@@ -77,6 +77,7 @@ class State:
     columns: Tensor = field(init=False)
     lse: Tensor = field(init=False)
     height: Tensor = field(init=False)
+    caps: tuple[Tensor | None, Tensor | None] = field(init=False, default=(None, None))
     known: bool = field(init=False, default=False)
     fresh: bool = field(init=False, default=False)
 
@@ -110,24 +111,33 @@ class State:
             self.model.open()
             keep = self.model.keep
         bias, rows = self.log_b + self.g / self.unit, self.a
-        if self.mass is not None:
+        if self.mass is None:
+            seen = self.kernel.conditionals(bias, self.eps, rows, 1 - lam, keep, room)
+        elif self.kernel.whole:
+            seen = self.kernel.conditionals(bias, self.eps, self._filled, 0, keep, room)
+        else:
             # the cap depends on all rows: their sums first
-            self.lse = self.kernel.reduce(bias, self.eps)[0].double()
-            rows = masses(self.log_a, self.lse, self.mass).to(self.a)
-        seen = self.kernel.conditionals(bias, self.eps, rows, 1 - lam, keep, room)
+            rows = self._filled(self.kernel.reduce(bias, self.eps)[0])
+            seen = self.kernel.conditionals(bias, self.eps, rows, 0, keep, room)
+            self.passes += 1
         if self.model is not None and keep is not None:
             self.known = self.model.close()
             self.roomless = self.roomless if self.known else self.largest
         f = -lam * self.unit * seen.lse
         if self.mass is not None:
-            self.height = capped(self.log_a, self.lse, self.mass)
             f = (self.unit * self.height).to(self.a)
-            self.passes += 1
         # an atom of zero weight may have only forbidden pairs: its potential is infinite and of no consequence
         self.f = torch.where(self.live[0], f, 0.0) if self.zeros else f
         self.rows, self.columns = seen.rows.double(), seen.columns
         self.passes += 1
         self.fresh = True
+
+    def _filled(self, lse: Tensor) -> Tensor:
+        """The row masses of a partial plan."""
+        assert self.mass is not None
+        self.lse = lse.double()
+        self.height = self.lower(self.lse)
+        return masses(self.log_a, self.lse, self.mass, self.height).to(self.a)
 
     def take(self, index: Tensor) -> State:
         """These problems of a batch, ``(k,)``, settled."""
@@ -152,7 +162,8 @@ class State:
         In a partial plan it is what a half-step makes of them.
         """
         if self.mass is not None:
-            return masses(self.log_b, self.columns.log() - self.log_b - self.g.double() / self.unit, self.mass)
+            lse = self.columns.log() - self.log_b - self.g.double() / self.unit
+            return masses(self.log_b, lse, self.mass, capped(self.log_b, lse, self.mass, self.caps[1]))
         if math.isinf(self.rho[1]):
             return self.b.double()
         return self.b.double() * torch.exp(-(self.g.double() + self.unit * log_v) / self.rho[1])
@@ -196,7 +207,16 @@ class State:
     def lift(self, log_columns: Tensor) -> Tensor:
         """``g / eps`` of a partial plan after its half-step, float64, from the columns' masses."""
         assert self.mass is not None
-        return capped(self.log_b, log_columns - self.log_b - self.g.double() / self.unit, self.mass)
+        height = capped(self.log_b, log_columns - self.log_b - self.g.double() / self.unit, self.mass, self.caps[1])
+        self.caps = self.caps[0], height.amax(-1, keepdim=True)
+        return height
+
+    def lower(self, lse: Tensor) -> Tensor:
+        """``f / eps`` of a partial plan after its half-step, float64."""
+        assert self.mass is not None
+        height = capped(self.log_a, lse, self.mass, self.caps[0])
+        self.caps = height.amax(-1, keepdim=True), self.caps[1]
+        return height
 
     def rise(self, log_columns: Tensor) -> Tensor:
         """What the half-step of a partial plan adds to ``g / eps``."""
@@ -380,8 +400,7 @@ class HalfSteps(Step):
         lam_a, lam_b = state.damp
         hard = state.mass is None and state.rho == (math.inf, math.inf)
         pace = self._paced(state)
-        # on a model that rounds or leaves out, what changes is worked out and added to what the pass found
-        near = not model.exact and (model.sparse or state.error() <= NOTICED)
+        near = _near(state)
         omega = pace.omega if state.mass is None else None
         # what follows is the same for tensors and arrays
         products, as_vector, as_tensor = (state.mass is None and model.small()) or (model, _same, _same)
@@ -393,16 +412,13 @@ class HalfSteps(Step):
             look = done == 1 or done % self.every == self.every - 1 or done == most - 1
             # 0 at an atom of zero weight
             v = _relaxed(v, wanted, columns, lam_b, omega) if state.mass is None else state.rise(columns.log()).exp_()
-            sums = (1 + products.times(v - 1)).clip(min=TINY) if near else products.times(v)
+            sums = _sums(products, v, near)
             if state.mass is None:
                 # where the error is looked at, f is exact as everywhere else
                 u = _relaxed(u, 1.0, sums, lam_a, None if look else omega)
             else:
-                u = (capped(state.log_a, state.lse + sums.log(), state.mass) - state.height).exp_()
-            if near:
-                columns = (found + products.transposed_times(weights * (u - 1))).clip(min=TINY)
-            else:
-                columns = products.transposed_times(weights * u) + TINY
+                u = (state.lower(state.lse + sums.log()) - state.height).exp_()
+            columns = _columns(products, u, weights, found, near)
             done += 1
             if look:
                 log_v = as_tensor(v).log()
@@ -434,6 +450,13 @@ class HalfSteps(Step):
         rounding = torch.finfo(torch.float32).eps
         return model.exact or (near and not model.sparse and 4 * rounding * spread <= 0.01 * error)
 
+    def half(self, state: State, v: Tensor) -> Tensor:
+        """Of a partial plan, what a half-step on each side from ``v``, on the model, adds to ``g / eps``."""
+        model, near = state.model, _near(state)
+        assert model is not None
+        u = (state.lower(state.lse + _sums(model, v, near).log()) - state.height).exp_()
+        return state.rise(_columns(model, u, state.rows, state.columns + TINY, near).log())
+
     def _paced(self, state: State) -> _Pace:
         """The pace of the last run where it goes on."""
         errors = state.errors()
@@ -442,6 +465,25 @@ class HalfSteps(Step):
         else:
             self._pace.last = _array(errors)
         return self._pace
+
+
+def _near(state: State) -> bool:
+    """Whether only changes are worked out on the model, which rounds or leaves out, and added to what the pass found."""
+    model = state.model
+    assert model is not None
+    return not model.exact and (model.sparse or state.error() <= NOTICED)
+
+
+def _sums(products: Any, v: Any, near: bool) -> Any:
+    """``K v``, of tensors or arrays; K has rows that sum to one."""
+    return (1 + products.times(v - 1)).clip(min=TINY) if near else products.times(v)
+
+
+def _columns(products: Any, u: Any, weights: Any, found: Any, near: bool) -> Any:
+    """``K' (r u)``, never zero, of tensors or arrays; with ``found`` for ``K' r``."""
+    if near:
+        return (found + products.transposed_times(weights * (u - 1))).clip(min=TINY)
+    return products.transposed_times(weights * u) + TINY
 
 
 def _relaxed(old: Any, goal: Any, sums: Any, power: Eps, omega: Eps | None) -> Any:

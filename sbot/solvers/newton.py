@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..partial import Merged
-from .halfsteps import Check, State, Step
+from .halfsteps import Check, HalfSteps, State, Step
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,7 @@ class Newton(Step):
         state.iterations += used
         share = (self.trust / z.abs().amax(-1, keepdim=True).clamp(min=self.trust)).clamp(max=1.0)
         for _ in range(self.cuts):
-            state.g = g
-            _step(state, share * z)
+            _step(state, share * z, g)
             state.settle()
             # where the dual is flat to rounding the error decides; of a batch each has its own share
             gained = (state.dual() >= value) | (state.errors() <= errors)
@@ -74,8 +73,7 @@ class Newton(Step):
                 return False
             share = torch.where(gained[..., None], share, share / 4)
         # those that gained keep their step, the others are left where they were
-        state.g = g
-        _step(state, torch.where(gained[..., None], share, 0.0) * z)
+        _step(state, torch.where(gained[..., None], share, 0.0) * z, g)
         return False
 
     def direction(
@@ -150,12 +148,18 @@ class Newton(Step):
         return None
 
 
-def _step(state: State, z: Tensor) -> None:
-    """``g += eps z``; in a partial plan a half-step then sorts out which atoms are at the cap."""
-    state.move(z)
-    if state.mass is not None:
-        state.settle(keep_model=False)
-        state.move(state.rise(state.columns.log()))
+def _step(state: State, z: Tensor, before: Tensor) -> None:
+    """From ``g = before`` a step ``eps z``; in a partial plan a half-step then sorts out which atoms are at the cap."""
+    if state.mass is None or not state.known:
+        state.g = before
+        state.move(z)
+        if state.mass is not None:
+            state.settle(keep_model=False)
+            state.move(state.rise(state.columns.log()))
+        return
+    # on the model, which is that of the last pass
+    shift = z + (before - state.g).double() / state.unit
+    state.move(HalfSteps().half(state, torch.where(state.live[1], shift, 0.0).exp()))
 
 
 def _same(v: Tensor) -> Tensor:

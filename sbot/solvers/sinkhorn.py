@@ -13,18 +13,18 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-from ..arrays import as_count, as_number, refuse_forward_mode
+from ..arrays import as_count, as_number, in_problem, refuse_forward_mode
 from ..bridge import Bridge, Report
 from ..costs import Cosine, Lp, MatrixCost
 from ..diffusion import Intractable
 from ..errors import InvalidProblem, NotConverged, NumericalError, PrecisionWarning
-from ..feasibility import by_potentials, unreached
+from ..feasibility import by_potentials, reached
 from ..kernels import TILE_BYTES, Conditionals, DenseKernel, LogKernel, make_kernel, require_memory
 from ..linalg import Eps, as_eps
 from ..measures import Discrete
 from ..potential_bridge import PotentialBridge
 from ..potentials import Atoms
-from ..problem import Problem, lost_atom
+from ..problem import NO_PAIR, Problem, lost_atom
 from .base import Progress, Solver, reporting
 from .cells import Correction, coarsened
 from .halfsteps import TRUST, Exact, HalfSteps, State, Step
@@ -184,9 +184,7 @@ class Sinkhorn(Solver):
         assert isinstance(mu, Discrete) and isinstance(nu, Discrete)
         kernel = make_kernel(problem.cost, *problem.sites, memory=self.memory)
         self._require_tile(kernel)
-        unsaid = _may_forbid(problem) and not isinstance(problem.cost, MatrixCost)
-        if unsaid and (lost := unreached(kernel, mu.weights, nu.weights)) is not None:
-            raise InvalidProblem(lost_atom(*lost))
+        a, b = _taking_part(problem, kernel)
         mean, largest = kernel.scale()
         if not bool(torch.isfinite(largest).all()):
             raise NumericalError("the cost overflows this dtype; rescale the points (and eps) or use float64")
@@ -201,7 +199,6 @@ class Sinkhorn(Solver):
         stages = [(eps, goal.tolerance)]
         if self.anneal is not None:
             stages = list(self.anneal.stages(start, eps, goal.tolerance))
-        a, b = mu.weights.detach(), nu.weights.detach()
         taken = kernel.stored.numel() * kernel.dtype.itemsize if isinstance(kernel, DenseKernel) else 0
         model = Conditionals(kernel, max(0, self.memory - (0 if isinstance(problem.cost, MatrixCost) else taken)))
         state = State(kernel, a, b, problem.relax, g, model if model.possible else None, slack=goal.slack)
@@ -230,7 +227,7 @@ class Sinkhorn(Solver):
     def _goal(self, problem: Problem, largest: Tensor) -> _Goal:
         machine = torch.finfo(problem.dtype).eps
         wanted = math.sqrt(machine) if self.tol is None else float(self.tol)
-        reach = machine * (REACH * largest / problem.eps).clamp(min=8.0)
+        reach = machine * ((REACH * largest + _constant(problem)) / problem.eps).clamp(min=8.0)
         most = float(reach.max())
         if most <= wanted:
             return _Goal(wanted, most)
@@ -242,8 +239,13 @@ class Sinkhorn(Solver):
         where = f" (problem {int(reach.argmax())} of the batch)" if problem.batch_shape else ""
         resolved = not bool((reach > aim.clamp(min=HOPELESS)).any())
         if not resolved:
-            ratio = float((problem.eps / largest.clamp(min=1e-300)).min())
-            note = f"{name} cannot resolve eps / max|C| = {ratio:.0e}{where}; use float64 or a larger eps"
+            size, what = largest, "max|C|"
+            if float(_constant(problem).max()) > float(largest.max()):
+                size, what = _constant(problem), "(relax * |log of the ratio of masses|)"
+            ratio = float((problem.eps / size.clamp(min=1e-300)).min())
+            note = f"{name} cannot resolve eps / {what} = {ratio:.0e}{where}; use float64 or a larger eps"
+            if what != "max|C|":
+                note += ", or equal masses without relax="
         else:
             note = f"tolerance raised from {wanted:.1e} to {most:.1e}{where}, about what {name} can reach at this eps"
             if self.tol is not None:
@@ -290,10 +292,46 @@ class Sinkhorn(Solver):
             step = _next(step, error, state.error(), watch.tolerance)
 
 
+def _constant(problem: Problem) -> Tensor:
+    """About the constant between f and g where marginals are relaxed, ``(*b,)``: what holds unequal masses apart."""
+    mu, nu = problem.mu, problem.nu
+    assert isinstance(mu, Discrete) and isinstance(nu, Discrete)
+    ratio = (mu.weights.detach().double().sum(-1) / nu.weights.detach().double().sum(-1)).log().abs()
+    ease = sum(1 / rho for rho in problem.relax)
+    return ratio / ease if ease > 0 else torch.zeros_like(ratio)
+
+
 def _may_forbid(problem: Problem) -> bool:
     """Whether pairs may be forbidden so that no plan is left."""
+    return problem.relax == (math.inf, math.inf) and _forbids(problem)
+
+
+def _taking_part(problem: Problem, kernel: LogKernel) -> tuple[Tensor, Tensor]:
+    """The weights, without those of atoms that forbidden pairs leave where they are: these have no part in a relaxed solve."""
+    mu, nu, cost = problem.mu, problem.nu, problem.cost
+    assert isinstance(mu, Discrete) and isinstance(nu, Discrete)
+    a, b = mu.weights.detach(), nu.weights.detach()
+    known = isinstance(cost, MatrixCost)
+    relaxed = problem.relax != (math.inf, math.inf)
+    # what is wrong with a matrix has been said
+    if not _forbids(problem) or (known and not relaxed):
+        return a, b
+    sides = reached(kernel, a, b)
+    for name, weights, found, rho in zip(("mu", "nu"), (a, b), sides, problem.relax, strict=True):
+        lost = ~found & (weights > 0)
+        if rho == math.inf and problem.mass is None and bool(lost.any()):
+            raise InvalidProblem(lost_atom(name, torch.nonzero(lost)[0].tolist()))
+        if len(closed := torch.nonzero(~found.any(-1))):
+            raise InvalidProblem(NO_PAIR.format(in_problem(closed[0].tolist())))
+    if not relaxed:
+        return a, b  # a partial plan leaves them at its cap
+    return torch.where(sides[0], a, 0.0), torch.where(sides[1], b, 0.0)
+
+
+def _forbids(problem: Problem) -> bool:
+    """Whether pairs may be forbidden."""
     cost = problem.cost
-    if problem.relax != (math.inf, math.inf) or isinstance(cost, (Lp, Cosine)):
+    if isinstance(cost, (Lp, Cosine)):
         return False
     return cost.forbids if isinstance(cost, MatrixCost) else cost.embed(*problem.sites) is None
 

@@ -252,6 +252,19 @@ def test_relax(folder: Path) -> None:
     fails(solve(folder, "--relax", 1), "--relax", "2")
 
 
+def test_mass(folder: Path) -> None:
+    bridge = solved(folder, "--mass", 0.25)
+    assert float(bridge.plan().sum()) == pytest.approx(0.25)
+    said = run("info", folder / "new.safetensors").output
+    assert "bounds, mass 0.25" in said and "hard" not in said
+    assert "hard, hard" in run("info", folder / "b.safetensors").output
+    solved(folder, "--relax", 2, "inf")
+    assert "relaxed by 2, hard" in run("info", folder / "new.safetensors").output
+    fails(solve(folder, "--mass", 1.5), "mass is 1.5", "give 0 < mass <= 1")
+    fails(solve(folder, "--mass", 0.5, "--relax", 1, 1), "drop one of them")
+    fails(solve(folder, "--mass", 0.5, "--gaussian"), "atoms on both sides")
+
+
 def test_dtype(folder: Path) -> None:
     assert solved(folder, "--dtype", "float32").problem.dtype == torch.float32
     np.save(folder / "x.npy", np.load(folder / "x.npy").astype(np.float32))

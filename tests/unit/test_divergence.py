@@ -329,3 +329,65 @@ def test_bad_questions(generator):
     sampler = sbot.Sampler(lambda n, generator: torch.zeros(n, 2))
     with pytest.raises(sbot.Unsupported, match="4096"):
         sbot.sinkhorn_divergence(sampler, sampler, 0.1)
+
+
+# ---- of a prescribed mass ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("eps", "share"), [(1.0, 0.3), (0.1, 0.8), (0.01, 0.6), (0.1, 1.0)])
+def test_partial_divergence_is_three_values_and_never_negative(seed, dtype, eps, share):
+    generator = torch.Generator().manual_seed(seed)
+    x, y = (torch.randn(n, 2, generator=generator, dtype=dtype) + k for k, n in enumerate((9, 12)))
+    a, b = weights(9, generator=generator).to(dtype), (1.0 + seed / 10) * weights(12, generator=generator).to(dtype)
+    mass = share * min(float(a.double().sum()), float(b.double().sum()))
+    value = sbot.sinkhorn_divergence((x, a), (y, b), eps, mass=mass)
+    assert value.dtype == dtype and float(value) > 0
+    wide = [part.double() for part in (x, y, a, b)]
+    pairs = [((wide[i], wide[i + 2]), (wide[j], wide[j + 2])) for i, j in ((0, 1), (0, 0), (1, 1))]
+    tight = sbot.Sinkhorn(tol=1e-10)
+    three = [float(sbot.solve_bridge(*pair, eps, mass=mass, solver=tight).cost()) for pair in pairs]
+    want = three[0] - (three[1] + three[2]) / 2 + eps / 2 * float(wide[2].sum() - wide[3].sum()) ** 2
+    assert float(value) == pytest.approx(want, rel=1e-4, abs=1e-5 if dtype == torch.float32 else 1e-8)
+    order = torch.randperm(9, generator=generator)
+    same = sbot.sinkhorn_divergence((x, a), (x[order], a[order]), eps, mass=min(mass, float(a.double().sum())))
+    assert -1e-14 < float(same) < (1e-5 if dtype == torch.float32 else 1e-9)
+
+
+def test_partial_divergence_does_not_see_what_is_left_behind(generator):
+    """Twice the same measure, where nothing is used up: at distance 0, and no less; and all of both is the balanced one."""
+    x, y = (torch.randn(8, 2, generator=generator, dtype=torch.float64) for _ in range(2))
+    a = weights(8, generator=generator)
+    assert abs(float(sbot.sinkhorn_divergence((x, a), (x, 2 * a), 5.0, mass=0.1))) < 1e-9
+    whole = sbot.sinkhorn_divergence((x, a), (y, a), 0.1, mass=1.0)
+    torch.testing.assert_close(whole, sbot.sinkhorn_divergence((x, a), (y, a), 0.1), rtol=1e-6, atol=1e-9)
+    with pytest.raises(sbot.InvalidProblem, match="give 0 < mass <= 1"):
+        sbot.sinkhorn_divergence((x, a), (y, 2 * a), 0.1, mass=1.5)
+
+
+def test_gradients_of_the_partial_divergence(generator):
+    inputs = [torch.randn(n, 2, generator=generator, dtype=torch.float64) for n in (6, 7)]
+    inputs += [weights(6, generator=generator), 1.2 * weights(7, generator=generator)]
+    inputs.append(torch.tensor(0.6, dtype=torch.float64))
+    solver = sbot.Sinkhorn(tol=1e-12)
+
+    def value(x, y, a, b, s):
+        return sbot.sinkhorn_divergence((x, a), (y, b), 0.2, mass=s, solver=solver)
+
+    leaves = [part.clone().requires_grad_() for part in inputs]
+    grads = torch.autograd.grad(value(*leaves), leaves)
+    for k, grad in enumerate(grads):
+        way = torch.rand(inputs[k].shape, generator=generator, dtype=torch.float64) - 0.4
+        ends = [value(*[p + h * way if j == k else p for j, p in enumerate(inputs)]) for h in (1e-5, -1e-5)]
+        assert float((grad * way).sum()) == pytest.approx(float(ends[0] - ends[1]) / 2e-5, rel=1e-5, abs=1e-7)
+
+
+def test_partial_divergences_in_a_batch(generator):
+    x, y = (torch.randn(2, 6, 2, generator=generator, dtype=torch.float64) for _ in range(2))
+    mass = torch.tensor([0.3, 0.9], dtype=torch.float64)
+    both = sbot.sinkhorn_divergence(x, y, 0.1, mass=mass)
+    for k in range(2):
+        torch.testing.assert_close(
+            both[k], sbot.sinkhorn_divergence(x[k], y[k], 0.1, mass=float(mass[k])), rtol=1e-6, atol=1e-9
+        )

@@ -84,6 +84,29 @@ def test_padding_does_not_widen_the_scale_of_the_cost(parts):
     torch.testing.assert_close(batch.cost(), near.cost(), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("relax", [None, 0.7])
+def test_answers_are_zero_at_padding_whatever_it_holds(parts, relax):
+    x, y, a, b = parts
+    mu, nu = sbot.Discrete.from_list(x, a), sbot.Discrete.from_list(y, b)
+    rough = mu.points.clone()
+    rough[~mu.mask] = torch.tensor([torch.nan, 1e30], dtype=torch.float64)
+    weights_ = mu.weights.clone().requires_grad_()
+    rough.requires_grad_()
+    other = sbot.Discrete(rough, weights_, sizes=mu.sizes)
+    plain = sbot.solve_bridge(mu, nu, 0.2, relax=relax, solver=TIGHT)
+    bridge = sbot.solve_bridge(other, nu, 0.2, relax=relax, solver=TIGHT)
+    for name in ("plan", "cost", "gap", "perplexity", "transport"):
+        torch.testing.assert_close(getattr(bridge, name)(), getattr(plain, name)(), atol=1e-12, rtol=1e-10)
+    empty, beyond = ~mu.mask, ~nu.mask
+    f, g = (part.values for part in bridge.potentials())
+    for value in (f[empty], g[beyond], bridge.transport()[empty], bridge.perplexity()[empty], bridge.plan()[empty]):
+        assert bool((value == 0).all())
+    assert bool((bridge.top(1)[0][empty] == 0).all()) and bool((bridge.apply(nu.points)[empty] == 0).all())
+    bridge.cost().sum().backward()
+    assert bool((rough.grad[empty] == 0).all()) and bool((weights_.grad[empty] == 0).all())
+    assert bool((rough.grad[mu.mask] != 0).any()) and bool((weights_.grad[mu.mask] != 0).all())
+
+
 @pytest.mark.parametrize("unroll", [None, 60])
 def test_gradients_are_those_of_the_singles_and_stay_out_of_the_padding(parts, unroll):
     def leaves():

@@ -1,0 +1,118 @@
+"""Atoms whose every pair is forbidden: left where they are by relaxed marginals and partial plans, refused by hard ones."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import sbot
+
+from ..conftest import clouds, half_squares, weights
+
+INF = math.inf
+TIGHT = sbot.Sinkhorn(tol=1e-12)
+ROWS, COLUMNS = [0, 3], [4]
+
+
+@pytest.fixture
+def data(generator):
+    """Weights of masses 1 and 1.3, and a cost that closes two rows and a column."""
+    x, y = clouds(8, 9, 2, generator)
+    cost = half_squares(x, y)
+    cost[ROWS], cost[:, COLUMNS] = INF, INF
+    return weights(8, generator=generator), 1.3 * weights(9, generator=generator), cost
+
+
+def parts(a, b, cost):
+    """Without the atoms that stay, and these."""
+    rows = torch.tensor([i not in ROWS for i in range(8)])
+    columns = torch.tensor([j not in COLUMNS for j in range(9)])
+    return rows, columns, (a[rows], b[columns], cost[rows][:, columns]), (a[~rows].sum(), b[~columns].sum())
+
+
+@pytest.mark.parametrize("rho", [(1.0, 0.5), (30.0, 2.0), (1e-2, 1e-2)], ids=str)
+@pytest.mark.parametrize("eps", [0.3, 0.01])
+@pytest.mark.parametrize("memory", [2**30, 0])
+def test_a_relaxed_problem_is_that_without_them_and_their_penalty(data, rho, eps, memory):
+    a, b, cost = data
+    rows, columns, rest, stay = parts(*data)
+    solver = sbot.Sinkhorn(tol=1e-12, memory=memory)
+    bridge = sbot.solve_bridge(a, b, eps, cost=cost, relax=rho, solver=solver)
+    reduced = sbot.solve_bridge(*rest[:2], eps, cost=rest[2], relax=rho, solver=solver)
+    assert bridge.report.converged
+    plan = bridge.plan()
+    torch.testing.assert_close(plan[rows][:, columns], reduced.plan(), rtol=1e-8, atol=1e-14)
+    assert float(plan[~rows].sum()) == float(plan[:, ~columns].sum()) == 0
+    # rho KL(0 | a) = rho a, and the reference measure that they are part of: eps (sum a sum b)
+    extra = rho[0] * stay[0] + rho[1] * stay[1] + eps * (a.sum() * b.sum() - rest[0].sum() * rest[1].sum())
+    torch.testing.assert_close(bridge.cost(), reduced.cost() + extra, rtol=1e-9, atol=1e-12)
+    assert float(bridge.gap()) < 1e-8
+    f, g = (part.values for part in bridge.potentials())
+    assert bool((f[ROWS] == INF).all()) and bool((g[COLUMNS] == INF).all())
+    assert bool(torch.isfinite(f[rows]).all()) and bool(torch.isfinite(g[columns]).all())
+    assert float(bridge.marginal(0.0).weights[ROWS].sum()) == 0
+
+
+def test_one_relaxed_side_excuses_its_own_atoms_only(data):
+    a, b, cost = data
+    cost[:, COLUMNS] = 1.0
+    cost[ROWS] = INF
+    bridge = sbot.solve_bridge(a, b, 0.1, cost=cost, relax=(1.0, INF), solver=TIGHT)
+    torch.testing.assert_close(bridge.plan().sum(0), b)
+    for relax in (None, (INF, 1.0)):
+        with pytest.raises(sbot.InvalidProblem, match=r"no finite entry in row 0.*relax="):
+            sbot.solve_bridge(a, b / 1.3, 0.1, cost=cost, relax=relax)
+    closed = torch.full_like(cost, INF)
+    for options in ({"relax": 1.0}, {"mass": 0.5}):
+        with pytest.raises(sbot.InvalidProblem, match="every pair of atoms that have weight is forbidden"):
+            sbot.solve_bridge(a, b, 0.1, cost=closed, **options)
+
+
+def test_a_cost_that_is_a_function(data, generator):
+    x, y = clouds(8, 9, 2, generator)
+    x[ROWS] += 100
+    near = lambda u, v: torch.where((c := half_squares(u, v)) < 500, c, INF)  # noqa: E731
+    a, b, _ = data
+    for options in ({"relax": 1.0}, {"mass": 0.4}):
+        bridge = sbot.solve_bridge((x, a), (y, b), 0.1, cost=near, solver=TIGHT, **options)
+        assert bridge.report.converged and float(bridge.plan()[ROWS].sum()) == 0
+    with pytest.raises(sbot.InvalidProblem, match="atom \\[0\\] of mu has weight but every pair"):
+        sbot.solve_bridge((x, a), (y, b), 0.1, cost=near, relax=(INF, 1.0))
+
+
+def test_batches_are_singles_and_single_precision_is_double(data):
+    a, b, cost = data
+    costs = torch.stack([cost, torch.where(torch.isinf(cost), 1.0, cost)])
+    batch = sbot.solve_bridge(a.expand(2, -1), b.expand(2, -1), 0.1, cost=costs, relax=1.0, solver=TIGHT)
+    for k in range(2):
+        one = sbot.solve_bridge(a, b, 0.1, cost=costs[k], relax=1.0, solver=TIGHT)
+        torch.testing.assert_close(batch.plan()[k], one.plan(), rtol=0, atol=1e-10)
+        torch.testing.assert_close(batch.cost()[k], one.cost())
+        torch.testing.assert_close(batch[k].cost(), one.cost())
+    single = sbot.solve_bridge(a.float(), b.float(), 0.1, cost=cost.float(), relax=1.0)
+    torch.testing.assert_close(single.plan().double(), batch.plan()[0], rtol=0, atol=1e-4)
+    with pytest.raises(sbot.InvalidProblem, match="no finite entry in row 0 in problem 0"):
+        sbot.solve_bridge(a.expand(2, -1), b.expand(2, -1) / 1.3, 0.1, cost=costs)
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_gradients_are_those_without_them(data, attached):
+    a, b, cost = data
+    rows, columns, rest, _ = parts(*data)
+
+    def look(bridge):
+        bridge = bridge.differentiable() if attached else bridge
+        return bridge.cost() + (bridge.plan().square().sum() if attached else 0.0)
+
+    full, small = [[part.clone().requires_grad_() for part in side] for side in ((a, b, cost), rest)]
+    got = torch.autograd.grad(look(sbot.solve_bridge(*full[:2], 0.1, cost=full[2], relax=1.0, solver=TIGHT)), full)
+    want = torch.autograd.grad(look(sbot.solve_bridge(*small[:2], 0.1, cost=small[2], relax=1.0, solver=TIGHT)), small)
+    # the reference measure has more mass in the full problem
+    shift = 0.1 * b[COLUMNS].sum(), 0.1 * a[ROWS].sum()
+    torch.testing.assert_close(got[0][rows], want[0] + shift[0], rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(got[1][columns], want[1] + shift[1], rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(got[2][rows][:, columns], want[2], rtol=1e-7, atol=1e-9)
+    assert float(got[2][ROWS].abs().sum()) == 0
+    torch.testing.assert_close(got[0][ROWS], (1.0 + 0.1 * b.sum()).expand(2))  # rho, and the reference measure
