@@ -47,6 +47,7 @@ LIBRARIES = ("sbot", "ot", "geomloss", "torch")
 LOSS = "loss p blur reach diameter scaling truncate cost kernel cluster_scale debias potentials verbose backend"
 
 Seen = Callable[[Any, tuple[str, ...]], Parts]
+Judge = Callable[["Call"], "tuple[Finding, Finding] | None"]
 
 
 @dataclass
@@ -74,8 +75,9 @@ class Call:
     given: dict[str, Any]
     explicit: dict[str, Any]
     seen: Seen
-    judge: Callable[[], tuple[Finding, Finding] | None] | None = None
+    judge: Judge | None = None
     solves: bool = True
+    found: tuple[Finding, Finding] = (Finding(), Finding())
 
 
 class Both:
@@ -135,7 +137,7 @@ class Both:
                     given,
                     explicit,
                     lambda out, names: parts(out, pairs, names),
-                    functools.partial(self._plans, target, args, kwargs, given),
+                    functools.partial(self._function_again, target, args, kwargs),
                     target.name not in NO_SOLVE,
                 )
             )
@@ -166,7 +168,7 @@ class Both:
 
             def mine() -> Any:
                 twin = target.mine(**options).fit(*args, **kwargs)
-                twins[estimator] = twin
+                twins[estimator] = twin, call
                 return twin
 
             given = {**options, "reg": options["reg_e"]}
@@ -175,7 +177,8 @@ class Both:
                 found = {"a": "mu_s", "b": "mu_t", **({} if "reg_cl" in options else {"M": "cost_"})}
                 given.update({key: getattr(estimator, name, None) for key, name in found.items()})
 
-            call = Call(f"{target.name}.fit", lambda: theirs(estimator, *args, **kwargs), mine, given, options, _parts)
+            told = {name: value for name, value in options.items() if value != known[name].default}
+            call = Call(f"{target.name}.fit", lambda: theirs(estimator, *args, **kwargs), mine, given, told, _parts)
             out = self._make(call, solved)
             if self.returned == "sbot":
                 vars(estimator).update(vars(out))
@@ -192,10 +195,11 @@ class Both:
             twin = None if self._inside() else twins.get(estimator)
             if twin is None:  # a copy, or one that sbot could not fit
                 return theirs(estimator, *args, **kwargs)
+            twin, fitted = twin
             mine = functools.partial(getattr(twin, name), *args, **kwargs)
-            call = Call(
-                f"{target.name}.{name}", lambda: theirs(estimator, *args, **kwargs), mine, {}, {}, _array, solves=False
-            )
+            given = {"x": getattr(estimator, "xs_", None)}
+            call = Call(f"{target.name}.{name}", lambda: theirs(estimator, *args, **kwargs), mine, given, {}, _array)
+            call.solves, call.judge = False, lambda _: tuple(map(_inherited, fitted.found))
             return self._make(call)
 
         return mapped
@@ -306,43 +310,41 @@ class Both:
     ) -> dict[str, Any]:
         if passed:
             return {"verdict": "forwarded", "why": _why(call.given)}
-        found = (_finding(asked, original), _finding(asked, ours))
-        limit = floor(call.given)
-        worst = max((gap[1] for kind, gap in apart.items() if kind != "potentials"), default=None)
-        if worst is None:
-            worst = max((gap[1] for gap in apart.values()), default=None)
-        if not any(finding.fault for finding in found):
+        limit = floor(call.given) if asked is None else asked.limit
+        worst = _worst(apart)
+        call.found = theirs, mine = _finding(asked, original), _finding(asked, ours)
+        if worst is not None and worst <= limit:
+            return _judged("agree", theirs, mine)
+        if not theirs.fault and not mine.fault:
             if worst is None:
-                return {"verdict": "not compared"}
-            if worst <= limit:
-                return _judged("agree", *found)
-            found = self._second_look(call, asked, found, limit)
-        theirs, mine = found
+                return _judged("not compared", theirs, mine)
+            call.found = theirs, mine = self._second_look(call, asked)
         if theirs.fault and mine.fault:
-            return _judged("both at fault", *found)
+            return _judged("both at fault", theirs, mine)
         if theirs.fault:
-            return _judged("defect avoided", *found)
-        return _judged("sbot at fault" if mine.fault else "differ", *found)
+            return _judged("defect avoided", theirs, mine)
+        return _judged("sbot at fault" if mine.fault else "differ", theirs, mine)
 
-    def _second_look(
-        self, call: Call, asked: Question | None, found: tuple[Finding, Finding], limit: float
-    ) -> tuple[Finding, Finding]:
+    def _second_look(self, call: Call, asked: Question | None) -> tuple[Finding, Finding]:
         """Findings on answers that look sound and differ."""
-        if call.name.startswith("ot.") and call.solves:
-            with pot.strict(), contextlib.suppress(Exception), _unnoticed():
-                again = deviations(call.seen(call.mine(), ASKED), call.seen(call.theirs(), ASKED))
-                if all(gap[1] <= limit for kind, gap in again.items() if kind != "potentials"):
-                    return Finding("a defect that strict=True reproduces", "known defect"), found[1]
-        judged = None if call.judge is None else call.judge()
-        if judged is not None:
-            found = judged
+        found = (None if call.judge is None else call.judge(call)) or call.found
         for k in (0, 1):
-            excess = higher(found[k], found[1 - k], asked)
-            if excess:
+            if higher(found[k], found[1 - k], asked):
                 one, other = (f"{found[side].objective:.9g}" for side in (k, 1 - k))
                 worse = Finding(f"objective {one} where {other} is reached", "not optimal", found[k].error)
                 return (worse, found[1]) if k == 0 else (found[0], worse)
         return found
+
+    def _function_again(
+        self, target: Target, args: Any, kwargs: Any, call: Call
+    ) -> tuple[Finding, Finding] | None:
+        """Whether strict=True agrees with POT; else, of a function that returns a value, the plans it comes from."""
+        if target.root == "ot":
+            with pot.strict(), contextlib.suppress(Exception):
+                again = _worst(deviations(call.seen(call.mine(), ASKED), call.seen(call.theirs(), ASKED)))
+                if again is not None and again <= floor(call.given):
+                    return Finding("a defect of POT, which strict=True reproduces", "known defect"), Finding()
+        return self._plans(target, args, kwargs, call.given)
 
     def _plans(self, target: Target, args: Any, kwargs: Any, given: dict[str, Any]) -> tuple[Finding, Finding] | None:
         """Of a function that returns a value: the plans it comes from."""
@@ -362,7 +364,7 @@ class Both:
         return first, second
 
     def _potentials(
-        self, target: Target, theirs: Any, options: dict[str, Any], args: Any
+        self, target: Target, theirs: Any, options: dict[str, Any], args: Any, _: Call
     ) -> tuple[Finding, Finding] | None:
         """Of a loss: the marginals of the plans its potentials make."""
         if options.get("reach") is not None or options.get("cost") is not None or len(args) not in (2, 4):
@@ -399,6 +401,16 @@ def _finding(asked: Question | None, side: Side) -> Finding:
     if side.fault is not None:
         return Finding(f"raised {type(side.fault).__name__}: {side.fault}", "raised")
     return examine(asked, side.parts)
+
+
+def _inherited(fit: Finding) -> Finding:
+    return Finding(f"of its fit, {fit.fault}", fit.kind) if fit.fault else Finding()
+
+
+def _worst(apart: dict[str, tuple[float, float]]) -> float | None:
+    """The largest relative deviation; of potentials only where there is nothing else."""
+    found = [gap[1] for kind, gap in apart.items() if kind != "potentials"] or [gap[1] for gap in apart.values()]
+    return max(found, default=None)
 
 
 def _judged(verdict: str, theirs: Finding, mine: Finding) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,12 @@ import torch
 
 from .compare import PAIRS, Array, Parts, plain
 
-#: Marginal error (L1, relative to the mass) and excess of an objective that are not held against an answer, by dtype.
+#: Relative deviation that counts as none, by dtype; and marginal error (L1, relative to the mass) that does.
 FLOOR = {"float64": 1e-6, "float32": 1e-4}
+MET = {"float64": 1e-8, "float32": 1e-4}
 COARSE = 1e-2
-#: An answer may miss the tolerance that was asked for by this factor.
-SLACK = 10
+#: Times the tolerance that was asked for: a deviation that counts as none, and a marginal error that does.
+NEAR, SLACK = 10, 2
 #: A plan with less than this share of the mass has none.
 NOTHING = 1e-3
 TOLERANCES = ("stopThr", "stopInnerThr", "tol")
@@ -40,46 +41,49 @@ class Question:
     reference: Any = None
     mass: float | None = None
     floor: float = FLOOR["float64"]
+    met: float = MET["float64"]
+
+    @property
+    def limit(self) -> float:
+        """The relative deviation that counts as none."""
+        return max(self.floor, NEAR * self.asked)
 
 
 def question(name: str, given: dict[str, Any]) -> Question | None:
     """What a call of a function asked, by its arguments; None where nothing is known that its plan must satisfy."""
-    short = name.rpartition(".")[2]
     a, b, M = (_present(given.get(key)) for key in ("a", "b", "M"))
     M = _present(given.get("C")) if M is None else M
-    if short == "dist_batch" or given.get("debias") or (b is not None and getattr(b, "ndim", 1) > 1 and M is not None and M.ndim == 2):
+    several = b is not None and M is not None and getattr(b, "ndim", 1) > 1 and M.ndim == 2
+    kind, other = (str(given.get(key, "KL")).lower() for key in ("reg_type", "unbalanced_type"))
+    if given.get("debias") or several or kind not in ("kl", "entropy") or other != "kl":
         return None
-    stop = [given[key] for key in TOLERANCES if isinstance(given.get(key), (int, float))]
-    common = {"a": a, "b": b, "asked": float(stop[0]) if stop else 1e-9, "M": M, "floor": floor(given)}
+    stop = next((given[key] for key in TOLERANCES if isinstance(given.get(key), (int, float))), 1e-9)
     reg = given.get("reg")
-    common["reg"] = float(reg) if isinstance(reg, (int, float)) else 0.0
+    known = Question(
+        a, b, float(stop), M, float(reg) if isinstance(reg, (int, float)) else 0.0, None, None, None, floor(given), floor(given, MET)
+    )
     if "reg_m" in given or given.get("unbalanced") is not None:
         relax = _pair(given["reg_m"] if "reg_m" in given else given["unbalanced"])
-        kind = str(given.get("reg_type", "KL")).lower()
-        plain_problem = kind in ("kl", "entropy") and str(given.get("unbalanced_type", "KL")).lower() == "kl"
-        if relax is None or M is None or not plain_problem or name.startswith("geomloss"):
+        if relax is None or M is None or name.startswith("geomloss"):
             return None
         reference = _present(given.get("c"))
-        return Question(**common, relax=relax, reference=1.0 if kind == "entropy" and reference is None else reference)
+        return replace(known, relax=relax, reference=1.0 if kind == "entropy" and reference is None else reference)
     if "partial" in name:
         whole = min(float(plain(w).sum()) if w is not None else 1.0 for w in (a, b))
-        return Question(**common, mass=whole if given.get("m") is None else float(given["m"]))
-    if short == "sinkhorn_lpl1_mm":
-        common["M"] = None  # the cost is another one at the end
-    if str(given.get("reg_type", "KL")).lower() not in ("kl", "entropy"):
-        return None
-    return Question(**common)
+        return replace(known, mass=whole if given.get("m") is None else float(given["m"]))
+    # the cost of sinkhorn_lpl1_mm is another one at the end
+    return replace(known, M=None) if name.endswith("sinkhorn_lpl1_mm") else known
 
 
 def _present(value: Any) -> Any:
     return None if value is None or (hasattr(value, "__len__") and len(value) == 0) else value
 
 
-def floor(given: dict[str, Any]) -> float:
+def floor(given: dict[str, Any], floors: dict[str, float] = FLOOR) -> float:
     """What is not held against an answer, by the coarsest dtype among the arguments."""
     kinds = {str(value.dtype).rpartition(".")[2] for value in given.values() if hasattr(value, "dtype")}
     kinds = {kind for kind in kinds if "float" in kind}
-    return max((FLOOR.get(kind, COARSE) for kind in kinds), default=FLOOR["float64"])
+    return max((floors.get(kind, COARSE) for kind in kinds), default=floors["float64"])
 
 
 def _pair(value: Any) -> tuple[float, float] | None:
@@ -129,7 +133,7 @@ def examine(asked: Question | None, found: Parts) -> Finding:
     if float((plan.sum((-2, -1)) / np.maximum(whole, 1e-300)).min(initial=1.0)) < NOTHING:
         return Finding("the plan is zero", "no mass", error, objective)
     norm = float(max(np.linalg.norm(rows, axis=-1).max(initial=0.0), np.linalg.norm(columns, axis=-1).max(initial=0.0)))
-    if error > asked.floor and norm > SLACK * asked.asked:
+    if error > asked.met and norm > SLACK * asked.asked:
         return Finding(f"marginal error {error:.1e}", "marginals missed", error, objective)
     return Finding("", "", error, objective)
 

@@ -28,6 +28,7 @@ class Tally:
         self.deviations: dict[str, list[float]] = {}
         self.all_deviations: dict[str, list[float]] = {}
         self.seconds = {side: 0.0 for side in SIDES}
+        self.first = {side: 0.0 for side in SIDES}
         self.bytes: dict[str, int | None] = {side: None for side in SIDES}
 
     def add(self, call: dict[str, Any]) -> None:
@@ -41,6 +42,8 @@ class Tally:
         for kind, gaps in call["deviations"].items():
             for found in [self.all_deviations, *([self.deviations] if call["verdict"] in SOUND else [])]:
                 found[kind] = [max(pair) for pair in zip(found.get(kind, [0.0, 0.0]), gaps, strict=True)]
+        if not any(self.seconds.values()):
+            self.first = {side: call[side]["seconds"] for side in SIDES}
         for side in SIDES:
             self.seconds[side] += call[side]["seconds"]
             if call[side]["bytes"] is not None:
@@ -63,6 +66,7 @@ class Tally:
             "deviations": named(self.deviations),
             "deviations_of_all_calls": named(self.all_deviations),
             "seconds": self.seconds,
+            "seconds_of_the_first_call": self.first,
             "peak_bytes": self.bytes,
         }
 
@@ -180,7 +184,13 @@ class Report:
             yield ""
             yield from _table(rows)
             yield ""
-            yield "Deviations are the largest of calls both of whose answers are sound: absolute (relative to the largest entry)."
+            yield "Deviations: the largest of calls both of whose answers are sound; absolute (relative to the largest entry)."
+            first = [sum(tally.first[side] for _, tally in rows) for side in SIDES]
+            whole = [sum(tally.seconds[side] for _, tally in rows) for side in SIDES]
+            yield (
+                f"Seconds: {whole[0]:.3g} and {whole[1]:.3g} in all, of which {first[0]:.3g} and {first[1]:.3g} in the first call "
+                "of each function, which also loads what it needs."
+            )
         for verdict in TOLD:
             yield from self._calls(verdict)
         yield from self._elsewhere()
