@@ -164,12 +164,12 @@ class Both:
             if self._inside():
                 return theirs(estimator, *args, **kwargs)
             options = {name: getattr(estimator, name) for name in known}  # a fit may change them
+            made: list[Any] = []
             twins.pop(estimator, None)
 
             def mine() -> Any:
-                twin = target.mine(**options).fit(*args, **kwargs)
-                twins[estimator] = twin, call
-                return twin
+                made.append(target.mine(**options).fit(*args, **kwargs))
+                return made[-1]
 
             given = {**options, "reg": options["reg_e"]}
 
@@ -180,6 +180,8 @@ class Both:
             told = {name: value for name, value in options.items() if value != known[name].default}
             call = Call(f"{target.name}.fit", lambda: theirs(estimator, *args, **kwargs), mine, given, told, _parts)
             out = self._make(call, solved)
+            if made:
+                twins[estimator] = made[0], _inherited(call.found[0]), _inherited(call.found[1])
             if self.returned == "sbot":
                 vars(estimator).update(vars(out))
                 return estimator
@@ -192,14 +194,13 @@ class Both:
 
         @functools.wraps(theirs)
         def mapped(estimator: Any, *args: Any, **kwargs: Any) -> Any:
-            twin = None if self._inside() else twins.get(estimator)
-            if twin is None:  # a copy, or one that sbot could not fit
+            if self._inside() or estimator not in twins:  # a copy, or one that sbot could not fit
                 return theirs(estimator, *args, **kwargs)
-            twin, fitted = twin
+            twin, *found = twins[estimator]
             mine = functools.partial(getattr(twin, name), *args, **kwargs)
             given = {"x": getattr(estimator, "xs_", None)}
             call = Call(f"{target.name}.{name}", lambda: theirs(estimator, *args, **kwargs), mine, given, {}, _array)
-            call.solves, call.judge = False, lambda _: tuple(map(_inherited, fitted.found))
+            call.solves, call.judge = False, lambda _: (found[0], found[1])
             return self._make(call)
 
         return mapped
@@ -335,9 +336,7 @@ class Both:
                 return (worse, found[1]) if k == 0 else (found[0], worse)
         return found
 
-    def _function_again(
-        self, target: Target, args: Any, kwargs: Any, call: Call
-    ) -> tuple[Finding, Finding] | None:
+    def _function_again(self, target: Target, args: Any, kwargs: Any, call: Call) -> tuple[Finding, Finding] | None:
         """Whether strict=True agrees with POT; else, of a function that returns a value, the plans it comes from."""
         if target.root == "ot":
             with pot.strict(), contextlib.suppress(Exception):
@@ -454,15 +453,15 @@ def _own(value: Any) -> Any:
 @contextlib.contextmanager
 def _unnoticed() -> Iterator[list[Any]]:
     """Within it, nothing is seen by the program: no random number is drawn, no warning shown, nothing printed."""
-    state, numbers, tensor = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    state, numbers, tensor = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 (the program's own)
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     try:
         with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("always")
             yield caught
     finally:
         random.setstate(state)
-        np.random.set_state(numbers)
+        np.random.set_state(numbers)  # noqa: NPY002
         torch.set_rng_state(tensor)
         if devices:
             torch.cuda.set_rng_state_all(devices)
@@ -486,7 +485,11 @@ def _why(given: dict[str, Any]) -> str:
         return f"loss={given['loss']!r} is not transport"
     if "reg" in given and (given["reg"] is None or (np.ndim(given["reg"]) == 0 and given["reg"] == 0)):
         return f"reg={given['reg']}: not regularised"
-    usual = {"reg_type": ("kl", "entropy"), "unbalanced_type": ("kl",), "method": ("none", "auto", "sinkhorn", "sinkhorn_log")}
+    usual = {
+        "reg_type": ("kl", "entropy"),
+        "unbalanced_type": ("kl",),
+        "method": ("none", "auto", "sinkhorn", "sinkhorn_log"),
+    }
     for name, known in usual.items():
         if name in given and str(given[name]).lower() not in known:
             return f"{name}={given[name]!r}"

@@ -60,7 +60,16 @@ def question(name: str, given: dict[str, Any]) -> Question | None:
     stop = next((given[key] for key in TOLERANCES if isinstance(given.get(key), (int, float))), 1e-9)
     reg = given.get("reg")
     known = Question(
-        a, b, float(stop), M, float(reg) if isinstance(reg, (int, float)) else 0.0, None, None, None, floor(given), floor(given, MET)
+        a,
+        b,
+        float(stop),
+        M,
+        float(reg) if isinstance(reg, (int, float)) else 0.0,
+        None,
+        None,
+        None,
+        floor(given),
+        floor(given, MET),
     )
     if "reg_m" in given or given.get("unbalanced") is not None:
         relax = _pair(given["reg_m"] if "reg_m" in given else given["unbalanced"])
@@ -160,7 +169,11 @@ def _relaxed_objective(asked: Question, plan: Array, a: Array, b: Array) -> floa
     M = plain(asked.M)
     if M.shape != plan.shape or asked.relax is None:
         return None
-    c = a[..., :, None] * b[..., None, :] if asked.reference is None else np.broadcast_to(plain(asked.reference), plan.shape)
+    c = (
+        a[..., :, None] * b[..., None, :]
+        if asked.reference is None
+        else np.broadcast_to(plain(asked.reference), plan.shape)
+    )
     total = np.where(plan > 0, plan * M, 0.0).sum() + asked.reg * _divergence(plan, c)
     for rho, got, want in zip(asked.relax, (plan.sum(-1), plan.sum(-2)), (a, b), strict=True):
         if math.isfinite(rho):
@@ -195,7 +208,7 @@ def higher(one: Finding, other: Finding, asked: Question | None) -> float:
 
 
 def _steepness(asked: Question) -> float:
-    """By how much, at most, a relative objective moves with a marginal error: the spread of the cost, in units of reg, is ample."""
+    """How much, at most, a relative objective moves with a marginal error: the spread of the cost in units of reg, amply."""
     if asked.relax is not None or asked.M is None:
         return 0.0
     M = plain(asked.M)
@@ -203,7 +216,9 @@ def _steepness(asked: Question) -> float:
     return 10 * (1 + float(np.ptp(live)) / max(asked.reg, 1e-300)) if live.size else 0.0
 
 
-def potentials_judge(points: tuple[Any, Any], weights: tuple[Any, Any], p: float, eps: float) -> Callable[[Any], float | None]:
+def potentials_judge(
+    points: tuple[Any, Any], weights: tuple[Any, Any], p: float, eps: float
+) -> Callable[[Any], float | None]:
     """The marginal error of a pair of potentials of a SamplesLoss, as a function; None where the plan would be too large."""
 
     def error(pair: Any) -> float | None:

@@ -66,7 +66,7 @@ def _status() -> dict[str, int]:
 
 def _device_peak(before: int | None = None) -> int:
     """What is allocated on the GPU now, with the mark set to it; or, after a call, how far the mark has risen above that."""
-    if not torch.cuda.is_initialized():
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return 0
     with contextlib.suppress(RuntimeError):
         torch.cuda.synchronize()

@@ -27,9 +27,9 @@ class Tally:
         self.reasons: Counter[str] = Counter()
         self.deviations: dict[str, list[float]] = {}
         self.all_deviations: dict[str, list[float]] = {}
-        self.seconds = {side: 0.0 for side in SIDES}
-        self.first = {side: 0.0 for side in SIDES}
-        self.bytes: dict[str, int | None] = {side: None for side in SIDES}
+        self.seconds = dict.fromkeys(SIDES, 0.0)
+        self.first = dict.fromkeys(SIDES, 0.0)
+        self.bytes: dict[str, int | None] = dict.fromkeys(SIDES)
 
     def add(self, call: dict[str, Any]) -> None:
         self.calls += 1
@@ -119,7 +119,11 @@ class Report:
 
     def above(self, limit: float) -> list[str]:
         """What is worse than a relative deviation of ``limit`` where both answers are sound, or sbot's is not."""
-        found = [f"{self.count('sbot at fault')} calls where sbot is at fault"] if self.count("sbot at fault") else []
+        found = (
+            [f"{_counted(self.count('sbot at fault'), 'call')} where sbot is at fault"]
+            if self.count("sbot at fault")
+            else []
+        )
         for name, tally in self.functions.items():
             worst = max((gaps[1] for kind, gaps in tally.deviations.items() if kind != "potentials"), default=0.0)
             if worst > limit:
@@ -131,9 +135,7 @@ class Report:
         if self.compared:
             return ""
         if not self.processes:
-            return (
-                "no Python process was seen: the command is not Python, or runs it with -I, -E or -S, which hide the check"
-            )
+            return "no Python process was seen: the command is not Python, or runs it with -I, -E or -S, which hide the check"
         if self.troubles and not self.swapped:
             return next(iter(self.troubles))
         if self.swapped:
@@ -173,13 +175,16 @@ class Report:
     def _lines(self) -> Iterator[str]:
         libraries = ", ".join(f"{NAMES.get(name, name)} {version}" for name, version in sorted(self.swapped.items()))
         yield (
-            f"sbot migrate: {self.compared} calls made on both sides, in {len(self.processes)} "
-            f"process{'es' * (len(self.processes) > 1)}{f' ({libraries})' if libraries else ''}; "
-            f"the program had the results of {'the originals' if self.returned == 'original' else 'sbot'}, exit code {self.status}"
+            f"sbot migrate: {_counted(self.compared, 'call')} made on both sides, in "
+            f"{_counted(len(self.processes), 'process', 'es')}{f' ({libraries})' if libraries else ''}; "
+            f"the program had the results of {'the originals' if self.returned == 'original' else 'sbot'}, "
+            f"exit code {self.status}"
         )
         if self.nothing():
             yield self.nothing()
-        rows = [(name, tally) for name, tally in sorted(self.functions.items()) if tally.calls > tally.verdicts["forwarded"]]
+        rows = [
+            (name, tally) for name, tally in sorted(self.functions.items()) if tally.calls > tally.verdicts["forwarded"]
+        ]
         if rows:
             yield ""
             yield from _table(rows)
@@ -188,8 +193,8 @@ class Report:
             first = [sum(tally.first[side] for _, tally in rows) for side in SIDES]
             whole = [sum(tally.seconds[side] for _, tally in rows) for side in SIDES]
             yield (
-                f"Seconds: {whole[0]:.3g} and {whole[1]:.3g} in all, of which {first[0]:.3g} and {first[1]:.3g} in the first call "
-                "of each function, which also loads what it needs."
+                f"Seconds: {whole[0]:.3g} and {whole[1]:.3g} in all, of which {first[0]:.3g} and {first[1]:.3g} in the "
+                "first call of each function, which also loads what it needs."
             )
         for verdict in TOLD:
             yield from self._calls(verdict)
@@ -210,7 +215,7 @@ class Report:
         for (name, where, _), calls in list(groups.items())[:SHOWN]:
             worst = max(calls, key=lambda call: _worst(call))
             options = ", ".join(f"{key}={value}" for key, value in worst["options"].items())
-            yield f"  {name}, {where}, {len(calls)} call{'s' * (len(calls) > 1)}; {options or 'defaults'}"
+            yield f"  {name}, {where}, {_counted(len(calls), 'call')}; {options or 'defaults'}"
             yield f"    {_account(worst)}"
         if len(groups) > SHOWN:
             yield f"  and at {len(groups) - SHOWN} more places; --json has them"
@@ -222,9 +227,9 @@ class Report:
             yield "not solved by sbot, and left to the original:"
         for name, tally in forwarded:
             for reason, count in tally.reasons.items():
-                yield f"  {name}: {count} call{'s' * (count > 1)}; {reason}"
+                yield f"  {name}: {_counted(count, 'call')}; {reason}"
         for name, count in self.others.most_common():
-            yield f"  {name}: {count} call{'s' * (count > 1)}; not covered"
+            yield f"  {name}: {_counted(count, 'call')}; not covered"
 
 
 NAMES = {"ot": "POT", "geomloss": "GeomLoss", "geomloss.ot": "geomloss.ot"}
@@ -242,6 +247,10 @@ def _events(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
         except ValueError:  # cut off in the middle, by the end of the process
             continue
+
+
+def _counted(number: int, what: str, many: str = "s") -> str:
+    return f"{number} {what}{'' if number == 1 else many}"
 
 
 def _worst(call: dict[str, Any]) -> float:
@@ -265,18 +274,37 @@ def _gaps(gaps: list[float] | None) -> str:
 
 
 def _table(rows: list[tuple[str, Tally]]) -> Iterator[str]:
-    head = ["function", "calls", "agree", "differ", "defects", "value", "plan or map", "seconds", "sbot", "peak MB", "sbot"]
+    head = [
+        "function",
+        "calls",
+        "agree",
+        "differ",
+        "defects",
+        "value",
+        "plan or map",
+        "seconds",
+        "sbot",
+        "peak MB",
+        "sbot",
+    ]
     lines = [head]
     for name, tally in rows:
         verdicts = tally.verdicts
-        counts = [tally.calls - verdicts["forwarded"], verdicts["agree"], verdicts["differ"], verdicts["defect avoided"]]
+        counts = [
+            tally.calls - verdicts["forwarded"],
+            verdicts["agree"],
+            verdicts["differ"],
+            verdicts["defect avoided"],
+        ]
         deviations = [_gaps(tally.worst("value", "value_linear")), _gaps(tally.worst("plan", "array"))]
         seconds = [f"{tally.seconds[side]:.3g}" for side in SIDES]
         peaks = ["-" if tally.bytes[side] is None else f"{(tally.bytes[side] or 0) / 1e6:.1f}" for side in SIDES]
         lines.append([name, *map(str, counts), *deviations, seconds[0], seconds[1], peaks[0], peaks[1]])
     widths = [max(len(line[k]) for line in lines) for k in range(len(head))]
     for line in lines:
-        yield "  ".join([line[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(line[1:], widths[1:], strict=True))])
+        yield "  ".join(
+            [line[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(line[1:], widths[1:], strict=True))]
+        )
 
 
 def _finite(value: Any) -> Any:

@@ -24,7 +24,7 @@ from .report import Report
 
 RETURNS = ("original", "sbot")
 #: Runs before anything of the program; an error in it must not be the program's.
-SITECUSTOMIZE = '''\
+SITECUSTOMIZE = """\
 import importlib.machinery, importlib.util, json, os, sys
 _here = os.path.dirname(os.path.abspath(__file__))
 sys.path[:] = [_path for _path in sys.path if os.path.abspath(_path or os.curdir) != _here]
@@ -41,7 +41,7 @@ if _next is not None and _next.loader is not None:
     _module = importlib.util.module_from_spec(_next)
     sys.modules["sitecustomize"] = _module
     _next.loader.exec_module(_module)
-'''
+"""
 
 
 def run(command: Sequence[str], returned: str = "original") -> Report:
