@@ -98,11 +98,7 @@ class Both:
 
     def swap(self, library: str) -> None:
         """Put the swapped functions wherever the library has bound them."""
-        root, version = sys.modules[library.partition(".")[0]], "unknown"
-        if library == "ot" and not hasattr(root, "bregman"):
-            self.note("trouble", what=f"the program's module 'ot' ({getattr(root, '__file__', '?')}) is not POT")
-            return
-        version = str(getattr(root, "__version__", version))
+        version = str(getattr(sys.modules[library.partition(".")[0]], "__version__", "unknown"))
         places = 0
         if library == "ot":
             self._count_others()
@@ -216,7 +212,8 @@ class Both:
             mine = functools.partial(_apply, target.mine, options, args)
             judge = functools.partial(self._potentials, target, theirs, options, args)
             told = {name: value for name, value in options.items() if name in ("loss", "p", "blur", "reach", "debias")}
-            return self._make(Call(target.name, lambda: theirs(loss, *args), mine, options, told, _parts, judge))
+            given = {**options, "y": args[-1] if args else None}
+            return self._make(Call(target.name, lambda: theirs(loss, *args), mine, given, told, _parts, judge))
 
         return forward
 

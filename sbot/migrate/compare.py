@@ -82,8 +82,8 @@ def deviations(one: Parts, other: Parts) -> dict[str, tuple[float, float]]:
         if not math.isfinite(gap):
             found[kind] = math.inf, math.inf
             continue
-        size = max(float(np.abs(y).max(initial=0.0)), 0.0 if y.ndim else SMALL, 1e-300)
-        found[kind] = gap, gap / size
+        size = max(float(np.abs(y).max(initial=0.0)), 0.0 if y.ndim else SMALL)
+        found[kind] = gap, gap / size if size else math.inf if gap else 0.0
     return found
 
 

@@ -20,8 +20,8 @@ from types import ModuleType
 from typing import Any
 
 VARIABLE = "SBOT_MIGRATE"
-#: Modules after whose import something is swapped; a submodule may be imported long after its package.
-WATCHED = ("ot", "geomloss", "geomloss.ot")
+#: Modules after whose import something is swapped, and a name by which they are known; a submodule may come long after.
+WATCHED = {"ot": "bregman", "geomloss": "SamplesLoss", "geomloss.ot": "solve"}
 
 
 class Recorder:
@@ -80,7 +80,7 @@ class Watch(importlib.abc.MetaPathFinder):
             except BaseException:
                 self.waiting.add(name)  # it may be tried again
                 raise
-            self._swap(name)
+            self._swap(name, module)
 
         try:
             loader.exec_module = exec_module
@@ -88,7 +88,10 @@ class Watch(importlib.abc.MetaPathFinder):
             self.recorder.note("trouble", what=f"{name} was left as it is: its loader, {loader!r}, cannot be followed")
         return spec
 
-    def _swap(self, name: str) -> None:
+    def _swap(self, name: str, module: ModuleType) -> None:
+        if not hasattr(module, WATCHED[name]):
+            self.recorder.note("trouble", what=f"the program's {name!r} is not that of the library: {module.__file__}")
+            return
         try:
             self.swap(name)
         except Exception as fault:

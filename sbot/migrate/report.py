@@ -207,7 +207,11 @@ class Report:
         if not total:
             return
         yield ""
-        yield f"{HEADINGS[verdict]}: {total}"
+        kinds = Counter(kind for tally in self.functions.values() for kind in tally.kinds.elements())
+        told = (
+            ", ".join(f"{kind} {count}" for kind, count in kinds.most_common()) if verdict == "defect avoided" else ""
+        )
+        yield f"{HEADINGS[verdict]}: {total}{f' ({told})' if told else ''}"
         groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
         for call in self.told:
             if call["verdict"] == verdict:
