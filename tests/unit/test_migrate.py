@@ -148,7 +148,7 @@ FINDINGS = """
     rng = np.random.default_rng(0)
     M = ot.dist(rng.random((30, 2)), rng.random((35, 2)))
     ot.sinkhorn([], [], M, 0.1)
-    ot.sinkhorn([], [], M, 0.01, numItermax=20)  # line 18: far from converged
+    ot.sinkhorn([], [], M, 0.01, numItermax=20)  # line 17: far from converged
     ot.sinkhorn([], [], M + 1000, 1.0)  # zeros
     ot.sinkhorn2([], [], M, 0.01, numItermax=20)  # only a value
     ot.solve(M, reg=0.1, unbalanced=1.0)  # the objective without its mass terms
@@ -182,7 +182,7 @@ def test_what_is_found(tmp_path, monkeypatch):
     if Path("/proc/self/clear_refs").exists():
         assert all(peak is not None for peak in sinkhorn["peak_bytes"].values())
     first = calls[0]
-    assert first["where"].endswith("program.py:18")
+    assert first["where"].endswith("program.py:17")
     assert first["errors"][0] > 1e-3 > 1e-6 > first["errors"][1]
     wrong, raised = (call for call in calls if call["verdict"] == "sbot at fault")
     assert "is reached" in wrong["faults"][1]  # it has the marginals, and a higher objective
