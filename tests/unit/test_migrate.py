@@ -133,10 +133,12 @@ def test_generators_of_its_own_and_results_of_sbot(tmp_path, capfd):
 
 
 FINDINGS = """
-    import numpy as np
+    import random, warnings, numpy as np, torch
     import sbot.compat.pot as ours
 
     def changed(a, b, M, reg, *args, **kwargs):
+        print("noise", random.random(), np.random.rand(), torch.rand(()))
+        warnings.warn("noise")
         if reg == 0.06:
             raise RuntimeError("no such luck")
         plan = right(a, b, M, reg, *args, **kwargs)
@@ -147,8 +149,9 @@ FINDINGS = """
     import ot
     rng = np.random.default_rng(0)
     M = ot.dist(rng.random((30, 2)), rng.random((35, 2)))
+    random.seed(3), np.random.seed(3), torch.manual_seed(3)
     ot.sinkhorn([], [], M, 0.1)
-    ot.sinkhorn([], [], M, 0.01, numItermax=20)  # line 17: far from converged
+    ot.sinkhorn([], [], M, 0.01, numItermax=20)  # line 20: far from converged
     ot.sinkhorn([], [], M + 1000, 1.0)  # zeros
     ot.sinkhorn2([], [], M, 0.01, numItermax=20)  # only a value
     ot.solve(M, reg=0.1, unbalanced=1.0)  # the objective without its mass terms
@@ -157,16 +160,21 @@ FINDINGS = """
     plan = ot.sinkhorn([], [], M, 0.05)
     assert abs(plan - np.outer(plan.sum(1), plan.sum(0))).max() > 1e-3  # the original's
     assert ot.sinkhorn([], [], M, 0.06).shape == (30, 35)
+    assert random.random() == random.Random(3).random()
+    assert np.random.rand() == np.random.RandomState(3).rand()
+    assert torch.rand(()) == torch.rand((), generator=torch.Generator().manual_seed(3))
 """
 
 
-def test_what_is_found(tmp_path, monkeypatch):
-    """Defects of POT, a wrong drop-in, one that raises, and what did not reach sbot: each under its name."""
+def test_what_is_found(tmp_path, monkeypatch, capfd):
+    """Defects of POT, a wrong drop-in, one that raises, draws and prints, and what did not reach sbot."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     out = tmp_path / "report.json"
     command = ["migrate", "--json", str(out), "--fail-above", "1e-6", "--", *script(tmp_path, FINDINGS)]
     told = CliRunner().invoke(commands, command)
     assert told.exit_code == 3, told.output
+    program = capfd.readouterr()
+    assert "noise" not in program.out + program.err
     data = json.loads(out.read_text(encoding="utf-8"))
     functions, calls = data["functions"], data["calls"]
     sinkhorn = functions["ot.bregman.sinkhorn"]
@@ -182,7 +190,7 @@ def test_what_is_found(tmp_path, monkeypatch):
     if Path("/proc/self/clear_refs").exists():
         assert all(peak is not None for peak in sinkhorn["peak_bytes"].values())
     first = calls[0]
-    assert first["where"].endswith("program.py:17")
+    assert first["where"].endswith("program.py:20")
     assert first["errors"][0] > 1e-3 > 1e-6 > first["errors"][1]
     wrong, raised = (call for call in calls if call["verdict"] == "sbot at fault")
     assert "is reached" in wrong["faults"][1]  # it has the marginals, and a higher objective
