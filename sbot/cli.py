@@ -1,4 +1,4 @@
-"""The command line: solve, sample, transport, info, plot, demo.
+"""The command line: solve, sample, transport, info, plot, demo, migrate.
 
 Exit codes: 0; 1 for bad input, with one line on stderr; 2 where the solver did not converge (the result is written all
 the same, and marked); 130 after Ctrl-C.  Pictures and the demo import their libraries in their own commands.
@@ -6,6 +6,7 @@ the same, and marked); 130 after Ctrl-C.  Pictures and the demo import their lib
 
 from __future__ import annotations
 
+import json
 import platform
 import secrets
 import sys
@@ -398,3 +399,35 @@ def demo(out: Path, seed: int) -> int:
 
     bridge = run(out, seed=seed, progress=sys.stderr.isatty())
     return _verdict(bridge.report, f"{out} is written")
+
+
+@commands.command(context_settings={"allow_interspersed_args": False})
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+@click.option("--return", "returned", type=click.Choice(["original", "sbot"]), default="original")
+@click.option("--json", "path", type=_OUTPUT, help="Write the report to this file, too.")
+@click.option("--fail-above", type=float, help="Exit with 3 where a relative deviation is larger, or sbot is at fault.")
+def migrate(command: tuple[str, ...], returned: str, path: Path | None, fail_above: float | None) -> int:
+    """Run COMMAND with its calls of POT and GeomLoss made by both sides, and report on stderr.
+
+    \b
+        python -m sbot migrate -- python my_pipeline.py ARGS
+
+    The program has the results of the originals, or with --return sbot those of sbot.  The exit code is the program's own;
+    1 where it is 0 and nothing was compared.
+    """
+    from .migrate.run import run
+
+    if path is not None:
+        check_output(path, (".json",))
+    report = run(command, returned)
+    click.echo(report.text(), err=True)
+    if path is not None:
+        path.write_text(json.dumps(report.data(), indent=1), encoding="utf-8")
+    if report.status:
+        return report.status
+    if report.nothing():
+        return 1
+    above = [] if fail_above is None else report.above(fail_above)
+    if above:
+        say(f"{'; '.join(above)}; the limit is {fail_above:g}")
+    return 3 if above else 0

@@ -21,10 +21,10 @@ import torch
 
 import sbot.compat.pot as ours
 from sbot.compat.pot import _solve
+from sbot.compat.swap import POT_MODULES, Bindings, targets
 from sbot.solvers import Sinkhorn
 
 MODES = ("pot", "sbot", "differential", "wrong")
-MODULES = ("bregman", "unbalanced", "solvers", "batch", "da", "partial")
 #: Relative difference of plans and values that counts as none, in float64.
 CLOSE = 1e-8
 #: Values below it are held against it: an objective that is 0 up to rounding has no relative error.
@@ -45,11 +45,11 @@ class Swap:
         self.solves = 0
         self.verdicts: Counter[str] = Counter()
         self.differences: list[dict[str, Any]] = []
-        self._undo: list[tuple[Any, str, Any]] = []
+        self._bindings = Bindings()
         self._theirs = 0
 
     def __enter__(self) -> Swap:
-        for module in (*MODULES, "gromov", "lp"):
+        for module in (*POT_MODULES, "gromov", "lp"):
             importlib.import_module(f"ot.{module}")
         if self.mode == "pot":
             return self
@@ -63,19 +63,15 @@ class Swap:
         if self.mode == "wrong":
             self._set(_solve.Solved, "plan", property(_independent))
             self._set(_solve.Solved, "linear", property(_independent_cost))
-        for module in MODULES:
-            here, there = getattr(ours, module), importlib.import_module(f"ot.{module}")
-            for name in getattr(here, "COVERED", ()):
-                self._replace(f"{module}.{name}", getattr(there, name), getattr(here, name))
+        for target in targets("ot"):
+            self._replace(target.name.removeprefix("ot."), target.theirs, target.mine)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for owner, name, value in reversed(self._undo):
-            setattr(owner, name, value)
+        self._bindings.undo()
 
     def _set(self, owner: Any, name: str, value: Any) -> None:
-        self._undo.append((owner, name, inspect.getattr_static(owner, name)))
-        setattr(owner, name, value)
+        self._bindings.set(owner, name, value)
 
     def _replace(self, name: str, theirs: Any, mine: Any) -> None:
         """In every module of POT, and in those that have taken it from there."""
@@ -91,12 +87,7 @@ class Swap:
             new = mine
         else:
             new = self._wrapped(name, theirs, mine)
-        for module in list(sys.modules.values()):
-            if getattr(module, "__name__", "").split(".")[0] != "ot":
-                continue
-            for key, value in list(vars(module).items()):
-                if value is theirs:
-                    self._set(module, key, new)
+        self._bindings.replace(theirs, new, "ot")
 
     def _wrapped(self, name: str, theirs: Any, mine: Any) -> Any:
         @functools.wraps(theirs)

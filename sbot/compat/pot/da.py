@@ -177,11 +177,11 @@ def _ferradans(plan: Any, seen: Any, there: Any, new: Any, size: int) -> Any:
     moved = _rows(p) @ y
     if z.shape == x.shape and torch.equal(z, x):
         return home.back(moved)
-    parts = []
-    for part in torch.split(z, size):
+    out = moved.new_empty(len(z), moved.shape[1])
+    for k, part in enumerate(torch.split(z, size)):
         near = distances(part, x, "sqeuclidean").argmin(1)
-        parts.append(moved[near] + part - x[near])
-    return home.back(torch.cat(parts))
+        out[k * size : k * size + len(part)] = moved[near] + part - x[near]
+    return home.back(out)
 
 
 class SinkhornTransport(BaseTransport):
@@ -260,14 +260,15 @@ class SinkhornTransport(BaseTransport):
 
     def _continuous(self, new: Any, there: Any, logs: Any, size: int) -> Any:
         home, (z, y, g) = enter(new, there, logs)
-        parts = []
-        for part in torch.split(z, size):
+        # filled piece by piece: small results kept between large temporaries would split the heap
+        moved = y.new_empty(len(z), y.shape[1])
+        for k, part in enumerate(torch.split(z, size)):
             M = distances(part, y, self.metric) if self.metric in METRICS else None
             if M is None:
                 M = enter(dist(home.back(part), there, metric=self.metric))[1][0]
             M = enter(cost_normalization(M, self.norm, value=self.norm_cost_))[1][0]
-            parts.append(torch.softmax(g - M / self.reg_e, 1) @ y)
-        return home.back(torch.cat(parts))
+            moved[k * size : k * size + len(part)] = torch.softmax(g - M / self.reg_e, 1) @ y
+        return home.back(moved)
 
 
 class UnbalancedSinkhornTransport(BaseTransport):

@@ -11,7 +11,6 @@ import functools
 import importlib
 import json
 import os
-import sys
 import warnings
 
 import hypothesis
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 
 from sbot.compat import geomloss as ours
+from sbot.compat.swap import Bindings
 
 NAMES = ("solve", "solve_batch", "solve_sample")
 MODE = os.environ.get("SBOT_SWAP", "ours")
@@ -94,14 +94,7 @@ def pytest_configure(config):
     for name in NAMES:
         original = getattr(importlib.import_module("geomloss.ot"), name)
         replacement = counted(name, original)
-        places = 0
-        for module in list(sys.modules.values()):
-            if getattr(module, "__name__", "").split(".")[0] != "geomloss":
-                continue
-            for key, value in list(vars(module).items()):
-                if value is original:
-                    setattr(module, key, replacement)
-                    places += 1
+        places = Bindings().replace(original, replacement, "geomloss")
         assert places >= 2, f"{name} was found in {places} modules of GeomLoss"
 
 

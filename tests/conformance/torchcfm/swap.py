@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 import sbot.compat.torchcfm as ours
+from sbot.compat.swap import Bindings
 from sbot.compat.torchcfm import optimal_transport
 from sbot.solvers import Sinkhorn
 
@@ -45,7 +46,7 @@ class Swap:
         self.mode = mode
         self.counts: Counter[str] = Counter()
         self.differences: list[str] = []
-        self._undo: list[tuple[Any, str, Any]] = []
+        self._bindings = Bindings()
 
     def __enter__(self) -> Swap:
         modules = [importlib.import_module(name) for name in MODULES]
@@ -62,8 +63,7 @@ class Swap:
         return self
 
     def __exit__(self, *_: object) -> None:
-        while self._undo:
-            setattr(*self._undo.pop())
+        self._bindings.undo()
 
     def bind(self, module: ModuleType) -> None:
         """What a test module has bound itself: POT, whose value of a Sinkhorn solve it holds ours against, bit for bit."""
@@ -83,8 +83,7 @@ class Swap:
         self._set(module, "ot", Pot())
 
     def _set(self, owner: Any, name: str, value: Any) -> None:
-        self._undo.append((owner, name, getattr(owner, name)))
-        setattr(owner, name, value)
+        self._bindings.set(owner, name, value)
 
     def _count(self, owner: Any, name: str, label: str) -> None:
         original = getattr(owner, name)
