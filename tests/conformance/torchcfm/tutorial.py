@@ -113,12 +113,16 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("notebook", type=Path)
     parser.add_argument("--cells", type=int, nargs="*", help="places of the code cells to run; all unless given")
+    parser.add_argument("--steps", type=int, help="of training, in place of the notebook's range(20000)")
     parser.add_argument("--out", type=Path, default=Path())
     parser.add_argument("--only", choices=("before", "after"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("default")
     original = code(options.notebook, options.cells)
+    if options.steps:
+        assert "range(20000)" in original, "the notebook trains for another number of steps"
+        original = original.replace("range(20000)", f"range({options.steps})")
     for label, library in (("before", "torchcfm"), ("after", "sbot.compat.torchcfm")):
         if options.only in (None, label):
             text = original if label == "before" else changed(original)
