@@ -31,9 +31,7 @@ def test_without_skada_the_script_says_so(monkeypatch, capsys):
     assert "skipped" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("failed", "solves", "wrong", "bad"), [(0, 3, 1, 0), (1, 3, 1, 1), (0, 0, 1, 1), (0, 3, 0, 1)]
-)
+@pytest.mark.parametrize(("failed", "solves", "wrong", "bad"), [(0, 3, 1, 0), (1, 3, 1, 1), (0, 0, 1, 1), (0, 3, 0, 1)])
 def test_the_verdict(failed, solves, wrong, bad):
     def report(failed):
         return {"outcomes": {"one": "passed", "two": "failed" if failed else "passed"}, "solves": solves}

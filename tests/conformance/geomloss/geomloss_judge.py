@@ -25,9 +25,8 @@ def judged(mine, theirs, C, a, b, reg, unbalanced) -> tuple[str, float, float]:
     value_off, plan_off = (np.inf if np.isnan(off) else float(off) for off in (value_off, plan_off))
     if max(value_off, plan_off) <= CLOSE:
         return "agree", value_off, plan_off
-    proven = upper - lower <= CLOSE * scale and all(
-        lower - CLOSE * scale <= v <= upper + CLOSE * scale for v in (mine["value"],)
-    )
+    proven = upper - lower <= CLOSE * scale
+    proven = proven and lower - CLOSE * scale <= float(mine["value"]) <= upper + CLOSE * scale
     proven = proven and slip(mine["plan"], C, a, b, reg, unbalanced) <= 1e-9
     off = not lower - CLOSE * scale <= float(theirs["value"]) <= upper + CLOSE * scale
     off = off or not slip(theirs["plan"], C, a, b, reg, unbalanced) <= 1e-9
