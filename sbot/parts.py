@@ -1,8 +1,8 @@
 """Parts of a plan that exchange next to no mass, and the constants between them, which a marginal error does not see.
 
-Where sums of some weights are nearly equal on both sides and eps is small, a plan falls into parts, and a constant moved from g to
-f in one of them changes no digit of it.  What settles these constants ``c`` (in units of eps) is the little that is exchanged: with
-``M_kl`` the mass that goes from part k of mu to part l of nu, and ``d_k`` what mu has more in part k than nu,
+Where sums of some weights are nearly equal on both sides and eps is small, a plan falls into parts, and a constant moved from g
+to f in one of them changes no digit of it.  What settles these constants ``c`` (in units of eps) is the little that is exchanged:
+with ``M_kl`` the mass that goes from part k of mu to part l of nu, and ``d_k`` what mu has more in part k than nu,
 
     sum_l M_kl exp(c_k - c_l) - sum_l M_lk exp(c_l - c_k) = d_k    for each k.
 

@@ -1,7 +1,8 @@
 """A pytest plugin that puts sbot's functions in the place of GeomLoss's, in every module that holds them, and counts the calls.
 
 ``SBOT_SWAP`` says what is put there: "theirs" (the originals, counted), "ours", "both" (ours; each problem is also solved by
-both in float64, and `geomloss_judge` says which is right where they differ), or "impostor" (the value of the independent coupling, which the tests must find out).
+both in float64, and `geomloss_judge` says which is right where they differ), or "impostor" (the value of the independent
+coupling, which the tests must find out).
 ``SBOT_SWAP_LOG`` is a file that the counts are written to.
 """
 
