@@ -131,7 +131,9 @@ def scaled(cost: Tensor, scale: Any) -> Tensor:
     if isinstance(scale, str):
         if scale not in SCALES:
             raise Unsupported(f"scale_cost={scale!r} is not there; give a number or one of {', '.join(SCALES)}")
-        scale = cost.mean() if scale == "mean" else cost.median() if scale == "median" else cost.max()
+        # torch takes the lower of two middle entries for the median
+        middle = (cost.median() - (-cost).median()) / 2
+        scale = cost.mean() if scale == "mean" else middle if scale == "median" else cost.max()
     return cost / scale
 
 

@@ -659,6 +659,15 @@ def test_labels_on_both_sides(rng):
         assert ours.limit_max == limit
 
 
+@pytest.mark.parametrize("name", ["SinkhornTransport", "SinkhornLpl1Transport"])
+def test_nan_is_no_label(rng, name):
+    """skada masks the targets of a regression with it; POT takes it for a label that fits no other, and returns NaN."""
+    x, y, ys = rng.normal(size=(20, 2)), rng.normal(size=(25, 2)) + 2, np.arange(20) % 4 / 2
+    without, masked = (getattr(ot.da, name)().fit(Xs=x, ys=ys, Xt=y, yt=yt) for yt in (None, np.full(25, np.nan)))
+    np.testing.assert_array_equal(masked.cost_, without.cost_)
+    close(masked.coupling_, without.coupling_)
+
+
 def test_unbalanced_and_class_transports(rng):
     x, y, ys = rng.normal(size=(20, 2)), rng.normal(size=(25, 2)) + 2, rng.integers(0, 2, 20)
     ours = ot.da.UnbalancedSinkhornTransport(max_iter=1000).fit(Xs=x, Xt=y)

@@ -18,6 +18,7 @@ from ...costs import MatrixCost
 from ...divergence import sinkhorn_divergence
 from ...errors import PrecisionWarning
 from ...measures import Discrete
+from ...parts import joined
 from ...problem import INF
 from ...solvers import Sinkhorn
 
@@ -27,6 +28,8 @@ SLACK, ROUNDING = 2e-3, 1e-5
 FINE = 0.75
 #: Pairs up to which single precision is solved in double: its potentials are then known at any eps, at no cost.
 SMALL = 2**16
+#: Masses below this many tolerances are not known.
+UNRESOLVED = 1e3
 
 Cloud = tuple[Tensor | None, Tensor]
 
@@ -105,8 +108,8 @@ class Transport:
 
     def potentials(self, bridge: Bridge) -> tuple[Tensor, Tensor]:
         """``f`` and ``g`` at the atoms; they follow the data where something wants a gradient."""
-        f, g = self.moving(bridge).potentials()
-        return f.values, g.values
+        f, g = (side.values for side in self.moving(bridge).potentials())
+        return _joined(bridge, f, g) if self.hard and _is_small(f, g) else (f, g)
 
     def shown_potentials(self) -> tuple[Tensor, Tensor]:
         """``f_ba - f_aa`` and ``g_ab - g_bb`` where the value is debiased, else ``f`` and ``g``."""
@@ -122,6 +125,28 @@ class Transport:
         if id(bridge) not in self._moving:
             self._moving[id(bridge)] = bridge.differentiable()
         return self._moving[id(bridge)]
+
+
+def _joined(bridge: Bridge, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """With the constants between parts of the plan that exchange next to no mass, which the marginal error does not see."""
+    problem = bridge.problem
+    mu, nu = problem.mu, problem.nu
+    assert isinstance(mu, Discrete) and isinstance(nu, Discrete)
+    with torch.no_grad():
+        a, b = mu.weights.double(), nu.weights.double()
+        density = (f[..., :, None] + g[..., None, :] - problem.cost.matrix(*problem.sites)) / problem.eps
+        log_plan = density.double() + a.log()[..., :, None] + b.log()[..., None, :]
+        n, m = log_plan.shape[-2:]
+        each = zip(log_plan.reshape(-1, n, m), a.reshape(-1, n), b.reshape(-1, m), strict=True)
+        found = [joined(*one, UNRESOLVED * bridge.report.tolerance) for one in each]
+        if all(move is None for move in found):
+            return f, g
+        shift = torch.stack([a.new_zeros(n + m) if move is None else move for move in found])
+        shift = shift.reshape(*log_plan.shape[:-2], n + m) * problem.eps
+        up, down = shift[..., :n], shift[..., n:]
+        # <a, f> = <b, g> again
+        level = ((a * up).sum(-1) + (b * down).sum(-1)) / (2 * a.sum(-1))
+    return f + (up - level[..., None]).to(f), g - (down - level[..., None]).to(g)
 
 
 def _is_small(a: Tensor, b: Tensor) -> bool:

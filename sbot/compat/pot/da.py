@@ -122,9 +122,13 @@ class BaseTransport:
         return self
 
     def _labelled(self, cost: Tensor, ys: Any, yt: Any) -> Tensor:
-        """Pairs of two known and different labels cost at least ``limit_max``, in units of the largest cost."""
+        """Pairs of two known and different labels cost at least ``limit_max``, in units of the largest cost.
+
+        -1 is no label, and neither is NaN, as where targets of a regression are missing.
+        """
         s, t = (torch.as_tensor(y).to(cost.device).flatten() for y in (ys, yt))
-        known = (s != MISSING_LABEL)[:, None] & (t != MISSING_LABEL)
+        there = [(y != MISSING_LABEL) & ~torch.isnan(y) for y in (s, t)]
+        known = there[0][:, None] & there[1]
         apart = known & (s[:, None] != t)
         limit = self.limit_max if math.isinf(self.limit_max) else float(self.limit_max) * float(cost.detach().max())
         return torch.where(apart, cost.clamp(min=limit), cost)

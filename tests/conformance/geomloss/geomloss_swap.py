@@ -1,7 +1,8 @@
 """A pytest plugin that puts sbot's functions in the place of GeomLoss's, in every module that holds them, and counts the calls.
 
-``SBOT_SWAP`` says what is put there: "theirs" (the originals, counted), "ours", "both" (ours; theirs is called too, and the
-largest deviation of the values is kept), or "impostor" (the value of the independent coupling, which the tests must find out).
+``SBOT_SWAP`` says what is put there: "theirs" (the originals, counted), "ours", "both" (ours; each problem is also solved by
+both in float64, and `geomloss_judge` says which is right where they differ), or "impostor" (the value of the independent
+coupling, which the tests must find out).
 ``SBOT_SWAP_LOG`` is a file that the counts are written to.
 """
 
@@ -16,6 +17,7 @@ import warnings
 import hypothesis
 import numpy as np
 import torch
+from geomloss_judge import CLOSE, judged
 
 from sbot.compat import geomloss as ours
 from sbot.compat.swap import Bindings
@@ -23,7 +25,9 @@ from sbot.compat.swap import Bindings
 NAMES = ("solve", "solve_batch", "solve_sample")
 MODE = os.environ.get("SBOT_SWAP", "ours")
 COUNTS: dict[str, int] = {}
-DEVIATIONS: dict[str, float] = {}
+VERDICTS: dict[str, int] = {}
+DIFFERENCES: list[dict] = []
+INSIDE: list[int] = []
 
 # the same examples on every machine, however slow it is
 PHASES = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
@@ -33,15 +37,42 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("conformance")
 
 
-def as_array(x):
-    return np.asarray(x.detach().cpu() if isinstance(x, torch.Tensor) else x, dtype=np.float64)
+def as_it_is(original, args, kwargs):
+    """A call of theirs, in which nothing is replaced."""
+    INSIDE.append(1)
+    try:
+        return original(*args, **kwargs)
+    finally:
+        INSIDE.pop()
 
 
-def deviation(name, mine, theirs):
-    a, b = as_array(mine.value), as_array(theirs.value)
-    if np.isfinite(b).all():
-        off = float((np.abs(a - b) / np.maximum(1.0, np.abs(b))).max())
-        DEVIATIONS[name] = max(DEVIATIONS.get(name, 0.0), off)
+def doubled(x):
+    if isinstance(x, torch.Tensor):
+        x = x.detach().cpu().numpy()
+    return np.asarray(x, dtype=np.float64) if isinstance(x, np.ndarray) else x
+
+
+def compare(name, original, args, kwargs):
+    """One call on both, in float64, each problem of a batch by itself."""
+    args, kwargs = [doubled(x) for x in args], {key: doubled(x) for key, x in kwargs.items()}
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")
+        pair = getattr(ours.ot, name)(*args, **kwargs), as_it_is(original, args, kwargs)
+    problem = pair[0].bridge.problem
+    unit = pair[0]._unit
+    C = unit * problem.cost.matrix(*problem.sites).double().numpy()
+    a, b = (side.weights.double().numpy() for side in (problem.mu, problem.nu))
+    batch = C.shape[:-2]
+    for k in np.ndindex(*batch):
+        mine, theirs = (
+            {key: np.asarray(value)[k] for key, value in zip(("f", "g", "value", "plan"), parts, strict=True)}
+            for parts in ((r.potential_a, r.potential_b, r.value, r.plan) for r in pair)
+        )
+        said, value_off, plan_off = judged(mine, theirs, C[k], a[k], b[k], kwargs["reg"], kwargs.get("unbalanced"))
+        VERDICTS[said] = VERDICTS.get(said, 0) + 1
+        VERDICTS["values alike"] = VERDICTS.get("values alike", 0) + (value_off <= CLOSE)
+        off = {"name": name, "verdict": said, "value": value_off, "plan": plan_off}
+        DIFFERENCES.append({**off, "reg": kwargs["reg"], "unbalanced": kwargs.get("unbalanced"), "shape": C[k].shape})
 
 
 class Impostor:
@@ -76,14 +107,14 @@ def counted(name, original):
 
     @functools.wraps(original)
     def call(*args, **kwargs):
+        if INSIDE:
+            return original(*args, **kwargs)  # theirs calls itself by its public names
         COUNTS[name] = COUNTS.get(name, 0) + 1
         if MODE == "theirs":
-            return original(*args, **kwargs)
+            return as_it_is(original, args, kwargs)
         result = mine(*args, **kwargs)
         if MODE == "both":
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                deviation(name, result, original(*args, **kwargs))
+            compare(name, original, args, kwargs)
         return Impostor(result) if MODE == "impostor" else result
 
     return call
@@ -103,4 +134,4 @@ def pytest_unconfigure(config):
     path = os.environ.get("SBOT_SWAP_LOG")
     if path:
         with open(path, "w", encoding="utf-8") as file:
-            json.dump({"calls": COUNTS, "deviations": DEVIATIONS}, file)
+            json.dump({"calls": COUNTS, "verdicts": VERDICTS, "differences": DIFFERENCES}, file)

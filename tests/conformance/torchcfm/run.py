@@ -51,7 +51,7 @@ def summary(report: dict[str, Any]) -> str:
 def judge(mode: str, report: dict[str, Any]) -> bool:
     """Whether a run is as it should be: all tests pass and sbot was reached, or for a wrong coupling neither."""
     failed = [name for name, outcome in report["outcomes"].items() if outcome == "failed"]
-    reached = report["counts"].get("match", 0) > 0 and report["counts"].get("Sinkhorn.solve", 0) > 0
+    reached = report["counts"].get("plan exact", 0) > 0 and report["counts"].get("Sinkhorn.solve", 0) > 0
     if mode == "torchcfm":
         return not failed and not reached
     if mode == "wrong":
