@@ -86,7 +86,7 @@ class Conditionals:
 
     def keep(self, rows: slice, tile: Tensor) -> None:
         """Take a tile of rows, which may be those of `room`; see `LogKernel.conditionals`."""
-        placed = self.dense is not None and tile.data_ptr() == self.dense[..., rows, :].data_ptr()
+        placed = self.dense is not None and tile._base is self.dense
         if self._pieces is not None:
             flat = tile.reshape(-1)
             large = flat > CUT
