@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import ModuleType
@@ -112,8 +111,6 @@ class Call:
     batch: int = 0
     #: eps does not enter
     exact: bool = False
-    #: the cost is ``|x - y|``
-    distance: bool = False
 
     @property
     def sides(self) -> tuple[ModuleType, ModuleType]:
@@ -152,18 +149,15 @@ def _result(made: Any) -> tuple[Any, Any]:
     return made.plan, made.value
 
 
-def _adapted(name: str, **options: Any) -> Callable[[Any, Data], Any]:
+def _adapted(name: str, relaxed: bool = False) -> Call:
+    """A fit, and the source samples where it takes them."""
+
     def make(ot: Any, p: Data) -> Any:
-        transport = getattr(ot.da, name)(reg_e=p.reg, **options(p) if callable(options) else options)
-        transport.fit(Xs=p.X, ys=p.labels, Xt=p.Y)
+        more = {"reg_m": RELAX * p.top} if relaxed else {}
+        transport = getattr(ot.da, name)(reg_e=p.reg, **more).fit(Xs=p.X, ys=p.labels, Xt=p.Y)
         return transport.coupling_, transport.transform(Xs=p.X)
 
-    return make
-
-
-def _unbalanced_adapted(ot: Any, p: Data) -> Any:
-    transport = ot.da.UnbalancedSinkhornTransport(reg_e=p.reg, reg_m=RELAX * p.top).fit(Xs=p.X, Xt=p.Y)
-    return transport.coupling_, transport.transform(Xs=p.X)
+    return Call("POT", make, _first, "relaxed" if relaxed else "balanced")
 
 
 BOTH = ("float64", "float32")
@@ -217,9 +211,9 @@ POT: dict[str, Call] = {
         lambda ot, p: ot.partial.entropic_partial_wasserstein(p.a, p.b, p.M, p.reg, m=MASS),
         kind="partial",
     ),
-    "da.SinkhornTransport": Call("POT", _adapted("SinkhornTransport"), _first),
-    "da.SinkhornLpl1Transport": Call("POT", _adapted("SinkhornLpl1Transport", reg_cl=0.0), _first),
-    "da.UnbalancedSinkhornTransport": Call("POT", _unbalanced_adapted, _first, "relaxed"),
+    "da.SinkhornTransport": _adapted("SinkhornTransport"),
+    "da.SinkhornLpl1Transport": _adapted("SinkhornLpl1Transport"),
+    "da.UnbalancedSinkhornTransport": _adapted("UnbalancedSinkhornTransport", relaxed=True),
 }
 
 
@@ -250,7 +244,7 @@ def _loss(p: int = 2, reach: bool = False, **options: Any) -> Call:
         return np.exp((f[:, None] + g - cost) / eps) / cost.size
 
     kind = "relaxed" if reach else "balanced"
-    return Call("GeomLoss", make, plan, kind, BOTH, tensors=True, distance=p == 1)
+    return Call("GeomLoss", make, plan, kind, BOTH, tensors=True)
 
 
 def _default() -> Any:
@@ -274,22 +268,15 @@ def _sampler(method: str, kind: str = "balanced") -> Call:
     """Pairs of two mini-batches in float32, as they are drawn in training."""
 
     def sampler(module: Any, data: Data) -> Any:
-        with _flat(data):
-            return module.OTPlanSampler(method, reg=data.reg, reg_m=RELAX * data.top, warn=False)
+        return module.OTPlanSampler(method, reg=data.reg, reg_m=RELAX * data.top, warn=False)
 
     def make(module: Any, data: Data) -> Any:
         return sampler(module, data).sample_plan(data.X, data.Y)
 
     def plan(module: Any, data: Data, out: Any) -> Any:
-        found = sampler(module, data).get_map(data.X, data.Y)
-        return found / found.sum()
+        return sampler(module, data).get_map(data.X, data.Y)
 
     return Call("TorchCFM", make, plan, kind, ("float32",), tensors=True, exact=method == "exact")
-
-
-@contextmanager
-def _flat(data: Data) -> Iterator[None]:
-    yield
 
 
 TORCHCFM: dict[str, Call] = {
