@@ -62,6 +62,7 @@ DEFECTS = (
     Defect(
         "POT failed numerically", "its kernel underflows, or its absorption does: it warns and returns an older iterate"
     ),
+    Defect("POT's value is below that of exact transport", "its plan has lost its mass, at a reg of 1e-9 of the costs"),
     Defect(
         "differ",
         "several targets and an infinite first reg_m: the translation-invariant method divides by the number of targets",
