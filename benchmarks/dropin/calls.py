@@ -112,10 +112,9 @@ class Call:
     #: eps does not enter
     exact: bool = False
 
-    @property
-    def sides(self) -> tuple[ModuleType, ModuleType]:
-        theirs, ours = (importlib.import_module(name) for name in MODULES[self.library])
-        return theirs, ours
+    def module(self, ours: bool) -> ModuleType:
+        """That of sbot, or the original's."""
+        return importlib.import_module(MODULES[self.library][int(ours)])
 
 
 def _first(module: Any, data: Data, out: Any) -> Any:

@@ -35,17 +35,21 @@ def chosen(only: str) -> list[str]:
     wanted = [name for name in only.split(";") if name]
     for name in wanted:
         if name not in CALLS and all(call.library != name for call in CALLS.values()):
-            raise click.BadParameter(
-                f"{name!r} is no library and none of {'; '.join(CALLS)}", param_hint="--only"
-            )
+            raise click.BadParameter(f"{name!r} is no library and none of {'; '.join(CALLS)}", param_hint="--only")
     return [name for name, call in CALLS.items() if not wanted or name in wanted or call.library in wanted]
 
 
 @click.command()
-@click.option("--only", default="", metavar="NAMES", help="Libraries (POT;GeomLoss;TorchCFM) or calls, between semicolons.")
+@click.option(
+    "--only", default="", metavar="NAMES", help="Libraries (POT;GeomLoss;TorchCFM) or calls, between semicolons."
+)
 @click.option("--sizes", default="", metavar="N,N", help="Only these n.")
-@click.option("--limit-seconds", default=100.0, show_default=True, help="For one call; it is stopped when they are over.")
-@click.option("--factor", default=12.0, show_default=True, help="The original is stopped at this many times sbot's time.")
+@click.option(
+    "--limit-seconds", default=100.0, show_default=True, help="For one call; it is stopped when they are over."
+)
+@click.option(
+    "--factor", default=12.0, show_default=True, help="The original is stopped at this many times sbot's time."
+)
 @click.option("--repeat-below", default=3.0, show_default=True, help="Seconds above which a call is timed once.")
 @click.option("--minutes", default=float("inf"), help="No new call is started after so many; run again to go on.")
 @click.option("--fresh", is_flag=True, help="Forget all results; else what is there is not run again.")
@@ -85,4 +89,6 @@ def dropin(
     if any(records.find(job) is None for job in todo):
         records.add({"run": key, "environment": environment(threads, settings)})
     left = run(todo, records, key, limits, threads, click.echo, until)
-    click.echo(f"{left} of {len(todo)} jobs are left; wrote {', '.join([records.path.name, *write(records, out, quick)])} to {out}")
+    click.echo(
+        f"{left} of {len(todo)} jobs are left; wrote {', '.join([records.path.name, *write(records, out, quick)])} to {out}"
+    )

@@ -104,7 +104,7 @@ def _scalings(plan: Array, log_k: Array) -> tuple[Array, Array, float]:
         u = log.mean(-1)
         v = log.mean(-2) - log.mean((-2, -1))[..., None]
     else:
-        n, m = plan.shape
+        n = plan.shape[0]
         graph = np.block([[np.diag(live.sum(1)), live], [live.T, np.diag(live.sum(0))]]).astype(float)
         both = np.linalg.lstsq(graph, np.concatenate([log.sum(1), log.sum(0)]), rcond=1e-12)[0]
         u, v = both[:n], both[n:]
