@@ -99,7 +99,7 @@ Plan = Callable[[Any, Data, Any], Any]
 
 @dataclass(frozen=True)
 class Call:
-    """``make(module, data)`` is what is timed; ``plan(module, data, what it returned)`` is the plan that its error is read from."""
+    """``make(module, data)`` is timed; ``plan(module, data, what it returned)`` is the plan that its error is read from."""
 
     library: str
     make: Callable[[Any, Data], Any]
@@ -220,7 +220,7 @@ POT: dict[str, Call] = {
 
 
 def _loss(p: int = 2, reach: bool = False, **options: Any) -> Call:
-    """The loss with its gradient in x; the plan is that of the potentials between the two clouds, which debiasing does not change."""
+    """The loss with its gradient in x; its plan is that between the two clouds, which debiasing does not change."""
 
     def settings(data: Data) -> dict[str, Any]:
         top = data.top / 2 if p == 2 else math.sqrt(data.top)

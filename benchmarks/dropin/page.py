@@ -24,8 +24,8 @@ where a pipeline reads one; losses are timed with their gradient, transports wit
 relative L1 distance to the plan that its own marginals call for; for partial plans what exceeds the bounds and the mass. The
 original stops at its own default tolerance, which asks for less here and more there, so the errors stand beside the times.
 
-A number is the original's time over that of sbot. "~": the original ended with an error above {LOOSE:g}. "fails": it raised, or what
-it returned is not numbers or has an error above {FAILED:g}. "> t": it was stopped when it had taken so many times as long."""
+A number is the original's time over that of sbot. "~": the original ended with an error above {LOOSE:g}. "fails": it raised, or
+what it returned is not numbers or has an error above {FAILED:g}. "> t": it was stopped after so many times as long."""
 
 
 def page(records: Records, pictures: list[str], quick: bool) -> str:

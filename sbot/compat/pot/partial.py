@@ -66,7 +66,7 @@ def entropic_partial_wasserstein_logscale(
 def _partial(a: Any, b: Any, M: Any, reg: Any, m: Any, most: int, stop: float, verbose: bool, log: bool) -> Any:
     home, (a, b, M) = enter(a, b, M)
     if wants_gradient(a, b, M):  # the core has none of a partial plan: POT's is that of its iterations
-        return pot("partial.entropic_partial_wasserstein_logscale")(a, b, M, reg, m, most, stop, verbose, log)
+        return pot("partial.entropic_partial_wasserstein")(a, b, M, reg, m, "sinkhorn", most, stop, verbose, log)
     check_matrix(M)
     a, b = weights(a, M.shape[0], M, "a"), weights(b, M.shape[1], M, "b")
     least = min(float(a.detach().double().sum()), float(b.detach().double().sum()))
