@@ -141,21 +141,24 @@ class Swap:
             return
         bound = inspect.signature(theirs).bind(*args, **kwargs)
         known = inspect.signature(theirs).parameters
-        bound.arguments.update({key: value for key, value in TIGHT.items() if key in known})
+        tight = {key: value for key, value in TIGHT.items() if key in known}
+        if "max_inner_iter" in known:  # there max_iter counts problems, not iterations
+            tight["max_inner_iter"] = tight.pop("max_iter")
+        bound.arguments.update(tight)
         try:
             with ours.strict():
                 fine, _ = _quiet(mine, bound.args, bound.kwargs)
-            tight, complained = self._pure(theirs, bound.args, bound.kwargs)
+            ended, complained = self._pure(theirs, bound.args, bound.kwargs)
         except Exception as fault:
             self._note("POT raised", name, kwargs, gap, f"{type(fault).__name__}: {fault}")
             return
-        left = difference(fine, tight)
+        left = difference(fine, ended)
         if left <= CLOSE:
             self.verdicts["agree where POT is run to the end"] += 1
         elif any("umerical errors" in text for text in complained):
             self._note("POT failed numerically", name, kwargs, left)
         else:
-            self._note(pot_truth.verdict(name, bound.arguments, fine, tight, complained), name, kwargs, left)
+            self._note(pot_truth.verdict(name, bound.arguments, fine, ended, complained), name, kwargs, left)
 
     def _pure(self, theirs: Any, args: Any, kwargs: Any) -> tuple[Any, list[str]]:
         """A call of POT in which POT calls nothing but itself."""
