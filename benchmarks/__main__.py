@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from . import report, run
 from .continuous.command import continuous
+from .dropin.command import dropin
 from .speed.command import speed
 
 RESULTS = Path(__file__).parent / "results"
@@ -61,6 +62,7 @@ def pot(quick: bool, seed: int, threads: int, out: Path) -> None:
 
 
 main.add_command(continuous)
+main.add_command(dropin)
 main.add_command(speed)
 
 

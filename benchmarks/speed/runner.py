@@ -13,7 +13,14 @@ from .grids import Job
 from .pool import Pool
 from .records import Records, Row
 
-PACKAGES = {"POT": "ot", "OTT": "ott", "GeomLoss": "geomloss", "mdot-tnt": "mdot_tnt", "sbot": "sbot"}
+PACKAGES = {
+    "sbot": "sbot",
+    "POT": "ot",
+    "OTT": "ott",
+    "GeomLoss": "geomloss",
+    "mdot-tnt": "mdot_tnt",
+    "TorchCFM": "torchcfm",
+}
 #: A rival is worse by at least this much where a goal says how much; with a margin for noise.
 LOST = 11.0
 #: Large problems: a little more than what is to be shown.

@@ -48,7 +48,11 @@ def serve(job: dict[str, Any], out: TextIO) -> None:
 
 
 def run(job: dict[str, Any], tell: Any) -> dict[str, Any]:
-    """Dispatch on the kind of job."""
+    """Dispatch on the part and the kind of job."""
+    if job["part"] == "dropin":
+        from ..dropin.measure import run as both
+
+        return both(job, tell)
     from . import contenders, gradients, large, memory
     from .measure import REPEATED, measure
     from .tasks import make

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,69 @@ FILES = (
 )
 #: Tests of POT that pin one of its defects, or that what is solved here cannot be.
 PINNED = ("test_empirical_sinkhorn_divergence[", "test_solve_sample_NotImplemented[")
+AGREED = ("agree", "agree where POT is run to the end", "not compared: not float64")
+
+
+@dataclass(frozen=True)
+class Defect:
+    """A deviation that is POT's: the verdict on it, of which functions, with which options, up to which gap, and why."""
+
+    verdict: str
+    why: str
+    name: str = ""
+    options: tuple[str, ...] = ()
+    most: float = math.inf
+
+    def explains(self, found: dict[str, Any]) -> bool:
+        """Whether a deviation is this one."""
+        options = " ".join(f"{key}={value}" for key, value in found["options"].items())
+        fits = found["verdict"] == self.verdict and self.name in found["name"]
+        gap = found["gap"] if found["gap"] is not None else math.nan
+        return fits and all(part in options for part in self.options) and not gap > self.most
+
+
+#: Every deviation beyond 1e-8 is one of these, or fails.
+DEFECTS = (
+    Defect(
+        "POT stops short of the solution",
+        "after 5000 iterations its plan still breaks the conditions of the problem, that of sbot meets them; it warns",
+    ),
+    Defect("POT stops short of the solution, and does not say so", "the same without a warning"),
+    Defect(
+        "POT does not converge in 5000 iterations",
+        "it warns, and returns no plan that could be held against the conditions",
+    ),
+    Defect(
+        "POT failed numerically", "its kernel underflows, or its absorption does: it warns and returns an older iterate"
+    ),
+    Defect(
+        "POT raised",
+        "a lazy unbalanced problem, which POT does not solve",
+        "solve_sample",
+        ("lazy=True", "unbalanced="),
+    ),
+    Defect("differ", "not covered: POT's own, drawn at random on each call", "solve_sample", ("nystroem",)),
+    Defect("differ", "not covered: POT's own, drawn at random on each call", "solve_sample", ("factored",)),
+    Defect("POT's value is below that of exact transport", "its plan has lost its mass, at a reg of 1e-9 of the costs"),
+    Defect(
+        "differ",
+        "several targets and an infinite first reg_m: the translation-invariant method divides by the number of targets",
+        "unbalanced.sinkhorn_unbalanced",
+        ("translation_invariant", "reg_m=", "inf"),
+    ),
+    Defect(
+        "differ",
+        "a tensor as reg_m: the translation-invariant method rounds its factors to float32",
+        "unbalanced.sinkhorn_unbalanced",
+        ("translation_invariant",),
+        1e-7,
+    ),
+)
+
+
+def unexplained(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The deviations that no known defect explains."""
+    return [found for found in report["differences"] if not any(defect.explains(found) for defect in DEFECTS)]
 
 
 def run(tests: Path, mode: str, files: tuple[str, ...] = FILES, select: str = "") -> dict[str, Any]:
@@ -97,11 +162,12 @@ def verdict(reports: dict[str, dict[str, Any]]) -> int:
         if not reports["sbot"]["solves"]:
             print("nothing reached sbot: the swap did nothing")
             bad += 1
-    for found in reports.get("differential", {}).get("differences", ()):
-        if found["verdict"] == "differ":
-            print(f"differs by {found['gap']:.1e}: {found['name']} {found['options']} in {found['test']}")
+    if "differential" in reports:
+        for found in unexplained(reports["differential"]):
+            print(f"{found['verdict']}, {found['gap']:.1e}: {found['name']} {found['options']} in {found['test']}")
+            print(f"  {found['detail']}" if found["detail"] else "", end="\n" if found["detail"] else "")
             bad += 1
-    if "wrong" in reports and not reports["wrong"]["verdicts"].get("differ"):
+    if "wrong" in reports and not unexplained(reports["wrong"]):
         print("the independent coupling was not noticed")
         bad += 1
     return int(bad > 0)

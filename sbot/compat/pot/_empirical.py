@@ -139,7 +139,8 @@ def divergence(
             log = call.method.log(solved, home, float(reg)) if call.log else {}
         values.append(scale * (solved.linear if strict else solved.value))
         logs.append(log)
-    total = home.back((values[0] - (values[1] + values[2]) / 2).clamp(min=0))
+    left = (values[0] - (values[1] + values[2]) / 2).clamp(min=0)
+    total = home.back(left.reshape(1) if strict and not home.numpy else left)  # POT's value has one entry on tensors
     if not call.log:
         return total
     names = ("ab", "a", "b")

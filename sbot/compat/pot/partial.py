@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ...problem import Problem
-from ._arrays import covers, enter, forwarder, pot
+from ._arrays import covers, enter, forwarder, pot, wants_gradient
 from ._solve import Ask, _outside, check_matrix, couple, weights
 
 __getattr__ = forwarder("partial")
@@ -65,6 +65,8 @@ def entropic_partial_wasserstein_logscale(
 
 def _partial(a: Any, b: Any, M: Any, reg: Any, m: Any, most: int, stop: float, verbose: bool, log: bool) -> Any:
     home, (a, b, M) = enter(a, b, M)
+    if wants_gradient(a, b, M):  # the core has none of a partial plan: POT's is that of its iterations
+        return pot("partial.entropic_partial_wasserstein")(a, b, M, reg, m, "sinkhorn", most, stop, verbose, log)
     check_matrix(M)
     a, b = weights(a, M.shape[0], M, "a"), weights(b, M.shape[1], M, "b")
     least = min(float(a.detach().double().sum()), float(b.detach().double().sum()))
