@@ -31,10 +31,10 @@ def test_rounded_plans_have_their_marginals(batch, tol, generator):
     rounded = bridge.round()
     plan = rounded.plan()
     assert float(plan.min()) >= 0
-    torch.testing.assert_close(plan.sum(-1), a, rtol=1e-14, atol=1e-16)
-    torch.testing.assert_close(plan.sum(-2), b, rtol=1e-14, atol=1e-16)
+    torch.testing.assert_close(plan.sum(-1), a, rtol=5e-14, atol=1e-16)
+    torch.testing.assert_close(plan.sum(-2), b, rtol=5e-14, atol=1e-16)
     for got, want in zip(rounded.marginals(), (a, b), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-14, atol=1e-16)
+        torch.testing.assert_close(got, want, rtol=5e-14, atol=1e-16)
     torch.testing.assert_close(rounded.linear_cost(), (plan * c).sum((-2, -1)))
     # Lemma 7 of the paper: no further from the plan than twice its errors
     error = (bridge.plan().sum(-1) - a).abs().sum(-1) + (bridge.plan().sum(-2) - b).abs().sum(-1)
