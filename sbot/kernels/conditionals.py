@@ -141,7 +141,7 @@ class Conditionals:
         """
         if self.dense is None or self.sparse or self.batch_shape or self.device.type != "cpu":
             return None
-        if self.dense.dtype != torch.float64:
+        if self.dense.dtype != torch.float64 or torch._C._are_functorch_transforms_active():
             return None
         return _Small(self.dense.numpy()), Tensor.numpy, torch.from_numpy
 

@@ -501,6 +501,8 @@ def _same(vector: Tensor) -> Tensor:
 
 def _array(errors: Tensor) -> Array:
     """As an array: arithmetic with one number, or a few hundred, costs less there."""
+    if torch._C._are_functorch_transforms_active():  # whose tensors have numbers, but no memory
+        return np.array([float(error) for error in errors.flatten()]).reshape(errors.shape)
     return np.asarray(errors.detach().cpu().numpy())
 
 
