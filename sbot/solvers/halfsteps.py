@@ -407,7 +407,8 @@ class HalfSteps(Step):
         weights, wanted, columns = as_vector(r), as_vector(goal), as_vector(state.columns) + TINY
         u, v, sums = as_vector(torch.ones_like(r)), as_vector(torch.ones_like(goal)), as_vector(r)
         found = columns
-        log_v, done, seen, stop, spread, errors = torch.zeros_like(goal), 0, 0, False, 0.0, columns
+        whole = as_vector(goal.sum(-1) * state.slack)
+        done, seen, stop, spread, worst = 0, 0, False, 0.0, math.inf
         while done < most and not stop:
             look = done == 1 or done % self.every == self.every - 1 or done == most - 1
             # 0 at an atom of zero weight
@@ -421,24 +422,28 @@ class HalfSteps(Step):
             columns = _columns(products, u, weights, found, near)
             done += 1
             if look:
-                log_v = as_tensor(v).log()
-                log_v = torch.where(state.live[1], log_v, 0.0) if state.zeros else log_v
-                spread = float(log_v.abs().max())
-                if not math.isfinite(spread):
+                log_v = None if hard and not state.zeros else torch.where(state.live[1], as_tensor(v).log(), 0.0)
+                low, high = (v.min(), v.max()) if log_v is None else (log_v.min().exp(), log_v.max().exp())
+                if not 0 < low <= high < math.inf:
                     return Exact().advance(state, most, check)
+                spread = max(math.log(high), -math.log(low))
                 if spread > (TRUST if model.sparse else RANGE):
                     break
-                errors = state.distance(as_tensor(columns * v), log_v) / state.slack
-                stop = check(state.iterations + done, float(errors.max()))
+                if log_v is None:
+                    errors = abs(columns * v - wanted).sum(-1) / whole
+                else:
+                    errors = state.distance(as_tensor(columns * v), log_v) / state.slack
+                worst = float(errors.max())
+                stop = check(state.iterations + done, worst)
                 pace.look(errors, done - seen)
                 self.fall, seen = pace.fall, done
-                if not stop and not near and not model.exact and float(errors.max()) <= ROUNDED:
+                if not stop and not near and not model.exact and worst <= ROUNDED:
                     break
                 # over-relaxation would cross the cap of a partial plan
                 omega = pace.omega if state.mass is None else None
-        state.move(log_v)
+        state.move(as_tensor(v).log())
         state.iterations += done
-        if stop and hard and self._sure(model, near, spread, float(errors.max())):
+        if stop and hard and self._sure(model, near, spread, worst):
             state.land(as_tensor(u).log(), as_tensor(weights * u * sums), as_tensor(columns * v))
         else:
             state.translate()
@@ -526,8 +531,8 @@ class _Pace:
             return None
         return torch.from_numpy(self.factor).to(self.like)[..., None] if self.factor.ndim else float(self.factor)
 
-    def look(self, errors: Tensor, iterations: int) -> None:
-        now = _array(errors)
+    def look(self, errors: Any, iterations: int) -> None:
+        now = _array(errors) if isinstance(errors, Tensor) else np.asarray(errors)
         rate = (now / np.maximum(self.last, TINY)) ** (1 / iterations)
         self.fall = math.log(max(float(self.last.max()), TINY) / max(float(now.max()), TINY)) / iterations
         self.last, self.looks = now, self.looks + 1

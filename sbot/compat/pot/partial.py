@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from ...problem import Problem
-from ._arrays import covers, enter, forwarder, pot, wants_gradient
+from ._arrays import covers, enter, forwarder
 from ._solve import Ask, _outside, check_matrix, couple, weights
 
 __getattr__ = forwarder("partial")
@@ -20,8 +19,6 @@ __getattr__ = forwarder("partial")
 METHODS = ("sinkhorn", "sinkhorn_log")
 #: The marginal error that is aimed at: POT's default tolerance, 1e-100, is none.
 FINE = 1e-9
-#: Whether the core prescribes masses; where it does not, the functions are POT's.
-HERE = "mass" in Problem.__dataclass_fields__
 
 
 @covers("partial.entropic_partial_wasserstein")
@@ -40,8 +37,6 @@ def entropic_partial_wasserstein(
     """The plan ``(dim_a, dim_b)`` of mass m (the smaller of both masses); with ``log=True`` and ``err, partial_w_dist``."""
     if method.lower() not in METHODS:
         raise ValueError(f"Unknown method '{method}'. Give one of: {', '.join(METHODS)}.")
-    if not HERE:
-        return pot("partial.entropic_partial_wasserstein")(a, b, M, reg, m, method, numItermax, stopThr, verbose, log)
     return _partial(a, b, M, reg, m, numItermax, stopThr, verbose, log)
 
 
@@ -58,15 +53,11 @@ def entropic_partial_wasserstein_logscale(
     log: bool = False,
 ) -> Any:
     """`entropic_partial_wasserstein`."""
-    if not HERE:
-        return pot("partial.entropic_partial_wasserstein_logscale")(a, b, M, reg, m, numItermax, stopThr, verbose, log)
     return _partial(a, b, M, reg, m, numItermax, stopThr, verbose, log)
 
 
 def _partial(a: Any, b: Any, M: Any, reg: Any, m: Any, most: int, stop: float, verbose: bool, log: bool) -> Any:
     home, (a, b, M) = enter(a, b, M)
-    if wants_gradient(a, b, M):  # the core has none of a partial plan: POT's is that of its iterations
-        return pot("partial.entropic_partial_wasserstein")(a, b, M, reg, m, "sinkhorn", most, stop, verbose, log)
     check_matrix(M)
     a, b = weights(a, M.shape[0], M, "a"), weights(b, M.shape[1], M, "b")
     least = min(float(a.detach().double().sum()), float(b.detach().double().sum()))
