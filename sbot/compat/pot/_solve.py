@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,6 @@ from ._arrays import Home, wants_gradient
 PACKAGE = str(Path(__file__).parents[2])
 #: An iteration here is cheaper than one of POT's and half of them go before the last eps: so many count as one of POT's.
 PACE = 10
-#: Above this share of the spread of the costs an eps needs a handful of passes, which is less than a model takes to make.
-MILD = 0.1
-HARD = (math.inf, math.inf)
 #: Relative difference of the masses that is taken for rounding, by dtype; beyond it the caller is told.
 ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-5}
 
@@ -170,20 +167,11 @@ def couple(
             assert isinstance(problem.mu, Discrete)
             whole = float(problem.mu.mass.detach().max())
             init = None if ask.warm is None else _start(problem, *ask.warm)
-            bridge = replace(ask.solver(whole), memory=_storage(problem)).solve(problem, init=init)
+            bridge = ask.solver(whole).solve(problem, init=init)
     except InvalidProblem as fault:
         raise InvalidProblem(_in_their_words(str(fault))) from None
     assert isinstance(bridge, PotentialBridge)
     return Solved(bridge, ask.stop)
-
-
-def _storage(problem: Problem) -> int:
-    """No model of the plan where few passes over the matrix will do: at an eps that is not small."""
-    cost = problem.cost
-    if not isinstance(cost, MatrixCost) or cost.forbids or problem.batch_shape or problem.relax != HARD:
-        return Sinkhorn.memory
-    low, high = torch.aminmax(cost.values.detach())
-    return 0 if problem.eps >= MILD * float(high - low) else Sinkhorn.memory
 
 
 def _start(problem: Problem, log_u: Tensor, log_v: Tensor) -> PotentialBridge:
