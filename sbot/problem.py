@@ -327,7 +327,7 @@ class Problem:
     def _which(self, k: int) -> str:
         """The k-th problem of the batch, in words."""
         shape = self.batch_shape
-        return in_problem([int(i) for i in torch.unravel_index(torch.tensor(k), shape)]) if shape else ""
+        return in_problem([int(i) for i in np.unravel_index(k, shape)]) if shape else ""
 
     def _balance(self, rounding: float) -> Problem:
         """Equal masses up to what the input's ``rounding`` explains are made equal; others are refused."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -423,7 +424,7 @@ def _worst(errors: Tensor) -> str:
     """Which problem of a batch has the largest error, as `Bridge` is indexed."""
     if not errors.ndim:
         return ""
-    index = tuple(int(k) for k in torch.unravel_index(errors.argmax(), errors.shape))
+    index = tuple(int(k) for k in np.unravel_index(int(errors.argmax()), tuple(errors.shape)))
     return f" in problem {index[0] if len(index) == 1 else index} of the batch"
 
 
