@@ -61,7 +61,11 @@ def _transform(kernel: LogKernel, g: Tensor, b: Tensor) -> Tensor:
     """``min_j C_ij - g_j`` over the atoms that have weight, ``(*b, n)``; streamed."""
     g = torch.where(b > 0, g, -torch.inf)[..., None, :]
     kernel.copies = COPIES
-    return torch.cat([(kernel.entries(rows) - g).amin(-1) for rows in kernel.tiles()], -1)
+    # one tensor for all: small ones that stay between the tiles would keep their memory from being used again
+    out = g.new_empty((*kernel.batch_shape, kernel.shape[0]))
+    for rows in kernel.tiles():
+        out[..., rows] = (kernel.entries(rows) - g).amin(-1)
+    return out
 
 
 def _paired(a: Tensor, f: Tensor, mass: Tensor | None) -> Tensor:

@@ -481,32 +481,39 @@ class DiscreteCoupling(Coupling):
     @torch.no_grad()
     def top_logits(self, k: int) -> tuple[Tensor, Tensor]:
         kernel, right = self._kernel(), self._logs[1]
-        best = [
-            (right[..., None, :] - kernel.entries(rows) / along(self.eps, 2)).topk(k, -1) for rows in kernel.tiles()
-        ]
-        return torch.cat([part.values for part in best], -2), torch.cat([part.indices for part in best], -2)
+        # what is kept of the tiles is written in one place here and below: small tensors that stay between large ones would
+        # keep their memory from being used again
+        values = right.new_empty((*self._logs[0].shape, k))
+        index = torch.empty_like(values, dtype=torch.int64)
+        for rows in kernel.tiles():
+            best = (right[..., None, :] - kernel.entries(rows) / along(self.eps, 2)).topk(k, -1)
+            values[..., rows, :], index[..., rows, :] = best.values, best.indices
+        return values, index
 
     @torch.no_grad()
     def sparse(self, mass: float, most: int | None) -> SparsePlan:
         kernel, (left, right) = self._kernel(), self._logs
         lse = kernel.reduce(right, self.eps)[0]
-        begun, kept = [], torch.zeros((), dtype=torch.float64, device=left.device)
+        row, column, value = (_Column(kind, left.device) for kind in (torch.int64, torch.int64, left.dtype))
+        kept = torch.zeros((), dtype=torch.float64, device=left.device)
+        scale = torch.exp(left + lse)
         for rows, law in kernel.softmax_tiles(right, self.eps, lse):
-            order = law.sort(-1, descending=True)
+            few = most is not None and most < law.shape[-1]
+            order = law.topk(most, -1) if few else law.sort(-1, descending=True)
             before = order.values.cumsum(-1, dtype=torch.float64) - order.values
             chosen = order.values > 0
             if mass < 1:
                 chosen &= before < mass * law.sum(-1, keepdim=True, dtype=torch.float64)
-            if most is not None:
-                chosen[:, most:] = False
             where = chosen.nonzero()
-            row = where[:, 0] + rows.start
-            value = order.values[chosen] * torch.exp(left + lse)[row]
-            kept += value.sum(dtype=torch.float64)
-            begun.append((row, order.indices[chosen], value))
-        row, column, value = (torch.cat(parts) for parts in zip(*begun, strict=True))
+            own = where[:, 0] + rows.start
+            entries = order.values[chosen] * scale[own]
+            kept += entries.sum(dtype=torch.float64)
+            row.add(own)
+            column.add(order.indices[chosen])
+            value.add(entries)
         whole = torch.exp(left.double() + lse.double()).sum()
-        return SparsePlan(row, column, value, kernel.shape, float((whole - kept).clamp(min=0)))
+        lost = float((whole - kept).clamp(min=0))
+        return SparsePlan(row.whole(), column.whole(), value.whole(), kernel.shape, lost)
 
     @torch.no_grad()
     def apply(self, v: Tensor, transpose: bool) -> Tensor:
@@ -514,15 +521,18 @@ class DiscreteCoupling(Coupling):
         here, there = (right, left) if transpose else (left, right)
         kernel = kernel.T if transpose else kernel
         lse = kernel.reduce(there, self.eps)[0]
-        parts = [law @ v for _, law in kernel.softmax_tiles(there, self.eps, lse)]
-        return torch.exp(here + lse)[..., None] * torch.cat(parts, -2)
+        out = v.new_empty((*lse.shape, v.shape[-1]))
+        for rows, law in kernel.softmax_tiles(there, self.eps, lse):
+            out[..., rows, :] = law @ v
+        return out.mul_(torch.exp(here + lse)[..., None])
 
     @torch.no_grad()
     def perplexity(self) -> Tensor:
         kernel, right = self._kernel(), self._logs[1]
         lse = kernel.reduce(right, self.eps)[0]
-        laws = kernel.softmax_tiles(right, self.eps, lse)
-        entropy = torch.cat([torch.special.entr(law).sum(-1, dtype=torch.float64) for _, law in laws], -1)
+        entropy = torch.empty_like(lse, dtype=torch.float64)
+        for rows, law in kernel.softmax_tiles(right, self.eps, lse):
+            entropy[..., rows] = torch.special.entr(law).sum(-1, dtype=torch.float64)
         return self._mu.blank(torch.where(lse == -torch.inf, 0.0, entropy.exp()).to(lse))
 
     @torch.no_grad()
@@ -534,6 +544,25 @@ class DiscreteCoupling(Coupling):
             # an entry too small to be written is 0, and its logarithm is kept out
             total += (torch.where(p > 0, p * (log_p - q.log()), 0.0) - p + q).sum((-2, -1))
         return total.to(self.problem.dtype)
+
+
+class _Column:
+    """A vector that grows by doubling."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._held, self._used = torch.empty(2**16, dtype=dtype, device=device), 0
+
+    def add(self, part: Tensor) -> None:
+        end = self._used + len(part)
+        if end > len(self._held):
+            held = self._held.new_empty(max(end, 2 * len(self._held)))
+            held[: self._used] = self._held[: self._used]
+            self._held = held
+        self._held[self._used : end] = part
+        self._used = end
+
+    def whole(self) -> Tensor:
+        return self._held[: self._used].clone()
 
 
 def _log_weights(weights: Tensor, potential: Tensor, eps: Eps) -> Tensor:

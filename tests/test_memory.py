@@ -21,6 +21,7 @@ before = peak()
 bridge = sbot.solve_bridge(x.requires_grad_(), y, 0.3, solver=sbot.Sinkhorn(max_iter=5, memory=2**27))
 bridge.cost().backward()
 bridge.gap(), bridge.linear_cost(), bridge.transport(x[:1000].detach()), bridge.sample_pairs(1000)
+bridge.sparse_plan(0.5, max_per_row=5), bridge.top(3), bridge.apply(torch.ones(n)), bridge.perplexity(), bridge.bounds()
 assert any("streamed" in note for note in bridge.report.notes), bridge.report.notes
 print(peak() - before)
 """
@@ -28,7 +29,7 @@ print(peak() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from Linux's getrusage")
 def test_streaming_memory():
-    """A dense cost alone would be 256 MB here; values, gradients, the gap, maps and pairs stream as well."""
+    """A dense cost alone would be 256 MB here; values, gradients, the gap, maps, pairs, sparse plans, products and bounds stream as well."""
     out = subprocess.run([sys.executable, "-W", "ignore", "-c", SCRIPT], capture_output=True, text=True, check=True)
     assert int(out.stdout) < 150 * 2**20
 
