@@ -496,10 +496,9 @@ class DiscreteCoupling(Coupling):
         lse = kernel.reduce(right, self.eps)[0]
         row, column, value = (_Column(kind, left.device) for kind in (torch.int64, torch.int64, left.dtype))
         kept = torch.zeros((), dtype=torch.float64, device=left.device)
-        scale = torch.exp(left + lse)
+        scale, most = torch.exp(left + lse), min(most or kernel.shape[1], kernel.shape[1])
         for rows, law in kernel.softmax_tiles(right, self.eps, lse):
-            few = most is not None and most < law.shape[-1]
-            order = law.topk(most, -1) if few else law.sort(-1, descending=True)
+            order = law.topk(most, -1)
             before = order.values.cumsum(-1, dtype=torch.float64) - order.values
             chosen = order.values > 0
             if mass < 1:

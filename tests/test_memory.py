@@ -29,7 +29,7 @@ print(peak() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from Linux's getrusage")
 def test_streaming_memory():
-    """A dense cost alone would be 256 MB here; values, gradients, the gap, maps, pairs, sparse plans, products and bounds stream as well."""
+    """A dense cost alone would be 256 MB here; values, gradients, the gap, maps and whatever is made of the plan stream too."""
     out = subprocess.run([sys.executable, "-W", "ignore", "-c", SCRIPT], capture_output=True, text=True, check=True)
     assert int(out.stdout) < 150 * 2**20
 
