@@ -55,6 +55,8 @@ def large(records: Records) -> Figure | None:
     for ax, label in zip(axes[0], ("seconds", "peak above the inputs, MiB"), strict=True):
         ax.set_xlabel("n = m")
         ax.set_ylabel(label)
+    axes[0][1].set_yscale("linear")
+    axes[0][1].set_ylim(bottom=0)
     first = [row for row in rows if row["contender"] == "sbot" and row.get("seconds")]
     if first:
         start = min(first, key=lambda row: row["n"])
