@@ -262,11 +262,10 @@ class DiscreteCoupling(Coupling):
             return self._partial_marginals(self.problem.mass.detach())
         if rho == (math.inf, math.inf):
             return self._mu.weights.detach(), self._nu.weights.detach()
-        f, g = self.dual_values()
-        return (
-            self._mu.weights.detach() * torch.exp(-f / rho[0]),
-            self._nu.weights.detach() * torch.exp(-g / rho[1]),
-        )
+        sides = zip((self._mu, self._nu), self.dual_values(), rho, strict=True)
+        # a hard marginal is its weights, also where a potential is infinite
+        a, b = (m.weights.detach() * (1.0 if math.isinf(r) else torch.exp(-p / r)) for m, p, r in sides)
+        return a, b
 
     @torch.no_grad()
     def _partial_marginals(self, mass: Tensor) -> tuple[Tensor, Tensor]:

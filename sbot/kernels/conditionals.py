@@ -49,8 +49,7 @@ class Conditionals:
         kept = torch.float64 if few and 8 * self.pairs <= memory else torch.float32
         fits = kept.itemsize * self.pairs <= memory
         self.dense = torch.empty((*self.batch_shape, *self.shape), dtype=kept, device=self.device) if fits else None
-        #: whether nothing is rounded or left out
-        self.exact = kept == kernel.dtype == torch.float64
+        self._unrounded = kept == kernel.dtype == torch.float64
         # a pass may be made in place: where it is sure to stay, or so small that it is no loss where it does not
         whole = not self.batch_shape or kernel.whole
         self._in_place = fits and kept == kernel.dtype and whole and kernel.by_rows and (few or not self.sparse_works)
@@ -67,6 +66,11 @@ class Conditionals:
     def possible(self) -> bool:
         """Whether there is room for anything at all."""
         return self.dense is not None or (self.sparse_works and self.most > 0)
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing is rounded or left out."""
+        return self._unrounded and not self.sparse
 
     @property
     def sparse(self) -> bool:

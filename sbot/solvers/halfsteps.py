@@ -446,6 +446,9 @@ class HalfSteps(Step):
         if stop and hard and self._sure(model, near, spread, worst):
             state.land(as_tensor(u).log(), as_tensor(weights * u * sums), as_tensor(columns * v))
         else:
+            # the constant to move depends on f, which has moved with g
+            f = state.f + state.unit * as_tensor(u).log().to(state.f)
+            state.f = torch.where(state.live[0], f, 0.0) if state.zeros else f
             state.translate()
         return stop
 

@@ -20,7 +20,7 @@ from ..costs import Cosine, Lp, MatrixCost
 from ..diffusion import Intractable
 from ..errors import InvalidProblem, NotConverged, NumericalError, PrecisionWarning
 from ..feasibility import by_potentials, reached
-from ..kernels import TILE_BYTES, Conditionals, DenseKernel, LogKernel, TiledKernel, make_kernel, require_memory
+from ..kernels import TILE_BYTES, Conditionals, DenseKernel, LogKernel, make_kernel, require_memory
 from ..linalg import Eps, as_eps
 from ..measures import Discrete
 from ..potential_bridge import PotentialBridge
@@ -183,7 +183,7 @@ class Sinkhorn(Solver):
     def _prepare(self, problem: Problem, init: Bridge | None) -> tuple[State, list[tuple[Eps, float]], _Goal]:
         mu, nu, eps = problem.mu, problem.nu, problem.eps
         assert isinstance(mu, Discrete) and isinstance(nu, Discrete)
-        kernel = self._kernel(problem)
+        kernel = make_kernel(problem.cost, *problem.sites, memory=self.memory)
         self._require_tile(kernel)
         a, b = _taking_part(problem, kernel)
         mean, largest = kernel.scale()
@@ -208,15 +208,6 @@ class Sinkhorn(Solver):
         values = f"{len(stages)} value{'s' if len(stages) > 1 else ''} of eps"
         said = f"cost {where}, {values}"
         return state, stages, replace(goal, notes=(*problem.notes, *goal.notes, said))
-
-    def _kernel(self, problem: Problem) -> LogKernel:
-        """The cost stored within ``memory``, but where it embeds and eps is so large that one or two passes will do."""
-        computed = make_kernel(problem.cost, *problem.sites)
-        if isinstance(computed, TiledKernel) and computed.rank is not None and self.anneal is not None:
-            mean = computed.scale()[0]
-            if bool((as_eps(problem.eps, mean) >= START * mean).all()):
-                return computed
-        return make_kernel(problem.cost, *problem.sites, memory=self.memory)
 
     def _require_tile(self, kernel: LogKernel) -> None:
         """A tile is at least one row of costs, of each problem of a batch; memory=0 stores nothing, and sets no limit to it."""
@@ -349,6 +340,7 @@ def _forbids(problem: Problem) -> bool:
 def _require_room(problem: Problem, state: State) -> None:
     """`InvalidProblem` where the potentials, after some plain half-steps, show that forbidden pairs leave no plan."""
     probe = copy.copy(state)
+    probe.model = None  # which a pass of the probe would overwrite
     for steps in (0, PROBE):
         for _ in range(steps):
             Exact(memory=0).advance(probe, 1, lambda *_: False)

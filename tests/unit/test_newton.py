@@ -323,3 +323,41 @@ def test_a_model_that_lacks_nothing_is_as_good_as_a_pass(generator, scale):
     torch.testing.assert_close(rows, a, rtol=1e-13, atol=1e-16)
     error = float((columns - 1 / 50).abs().sum())
     assert abs(error - bridge.report.error) <= 1e-14 and error <= 1e-10
+
+
+def true_error(bridge, b):
+    return float((bridge.plan().sum(0) - b).abs().sum())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_look_for_forbidden_pairs_leaves_the_solve_alone(seed):
+    """It makes passes of its own, at other potentials."""
+    generator = torch.Generator().manual_seed(seed)
+    x, y = (torch.rand(60, 1, dtype=torch.float64, generator=generator) for _ in range(2))
+    cost = (x - y.T) ** 2
+    cost[torch.rand(60, 60, generator=generator) < 0.3] = INF
+    w = torch.full((60,), 1 / 60, dtype=torch.float64)
+    bridge = sbot.solve_bridge(w, w, 1e-3, cost=cost, solver=sbot.Sinkhorn(tol=1e-9))
+    assert bridge.report.converged and true_error(bridge, w) <= 1.1e-9
+    bridge = sbot.solve_bridge(x, y, 1e-3, cost=lambda x, y: (x - y.mT).abs() ** 1.5, solver=sbot.Sinkhorn(tol=1e-9))
+    assert bridge.report.converged and true_error(bridge, w) <= 1.1e-9
+
+
+@pytest.mark.parametrize("tol", [1e-8, 1e-10])
+def test_a_sparse_model_is_not_taken_for_the_plan(generator, tol):
+    """Blocks that exchange little mass, in entries that the sparse form leaves out."""
+    block = torch.arange(400) // 80
+    cost = 0.2 * torch.rand(400, 400, dtype=torch.float64, generator=generator)
+    cost = cost + 1.15 * (block[:, None] != block)
+    w = torch.full((400,), 1 / 400, dtype=torch.float64)
+    bridge = sbot.solve_bridge(w, w, 0.05, cost=cost, solver=sbot.Sinkhorn(tol=tol))
+    assert abs(true_error(bridge, w) - bridge.report.error) <= 1e-2 * tol
+
+
+@pytest.mark.parametrize("rho", [(1.0, 1.0), (0.5, INF), (INF, 0.3)], ids=str)
+def test_relaxed_runs_end_where_they_were(generator, rho):
+    """The constant between f and g is moved at the potentials of the end: no run undoes the one before."""
+    cost = torch.rand(6, 7, dtype=torch.float64, generator=generator)
+    a, b = torch.full((6,), 1 / 6, dtype=torch.float64), torch.full((7,), 1 / 7, dtype=torch.float64)
+    bridge = sbot.solve_bridge(a, b, 0.1, cost=cost, relax=rho, solver=sbot.Sinkhorn(tol=1e-11))
+    assert bridge.report.converged and bridge.report.iterations <= 60
