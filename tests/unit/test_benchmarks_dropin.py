@@ -28,7 +28,9 @@ def test_every_call_solves_its_problem_on_both_sides(name):
     for ours in sides:
         side = measure.first(call, call.module(ours), data, lambda event: None)
         assert not side.fault
-        assert side.error < (1e-4 if ours else measure.FAILED), (ours, side.error)
+        # in float32 the tolerance that is aimed at by default is 3.5e-4
+        aim = 1e-4 if job["dtype"] == "float64" else 4e-4
+        assert side.error < (aim if ours else measure.FAILED), (ours, side.error)
 
 
 def test_a_wrong_plan_is_seen():

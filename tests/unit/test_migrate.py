@@ -224,6 +224,7 @@ def test_a_limit_is_on_sound_answers(tmp_path):
 
 
 def test_geomloss(tmp_path):
+    pytest.importorskip("geomloss")
     report = run(
         script(
             tmp_path,
