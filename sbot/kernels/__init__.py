@@ -11,7 +11,7 @@ from .. import linalg
 from ..arrays import refuse_forward_mode
 from ..costs import Cost, MatrixCost
 from .base import COPIES, FLOOR, TILE_BYTES, LogKernel, Pass, share_of, weigh
-from .conditionals import Conditionals
+from .conditionals import Conditionals, same
 from .dense import DenseKernel
 from .memory import require_memory
 from .tiled import TiledKernel
@@ -27,6 +27,7 @@ __all__ = [
     "TiledKernel",
     "make_kernel",
     "require_memory",
+    "same",
     "share_of",
     "store",
     "weigh",

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..coupling import damping, dual_term
-from ..kernels import FLOOR, Conditionals, LogKernel
+from ..kernels import FLOOR, Conditionals, LogKernel, same
 from ..linalg import Eps, along, as_eps
 from ..partial import capped, masses, support, violation
 
@@ -386,8 +386,11 @@ class HalfSteps(Step):
 
     def __init__(self) -> None:
         self._pace: _Pace | None = None
-        #: by how much the logarithm of the error fell in the last iterations, each
-        self.fall = 0.0
+
+    @property
+    def fall(self) -> float:
+        """By how much the logarithm of the error fell in each of the last iterations."""
+        return 0.0 if self._pace is None else self._pace.fall
 
     def advance(self, state: State, most: int, check: Check) -> bool:
         # arrays would warn of what tensors bear
@@ -403,7 +406,7 @@ class HalfSteps(Step):
         near = _near(state)
         omega = pace.omega if state.mass is None else None
         # what follows is the same for tensors and arrays
-        products, as_vector, as_tensor = (state.mass is None and model.small()) or (model, _same, _same)
+        products, as_vector, as_tensor = model.products() if state.mass is None else (model, same, same)
         weights, wanted, columns = as_vector(r), as_vector(goal), as_vector(state.columns) + TINY
         u, v, sums = as_vector(torch.ones_like(r)), as_vector(torch.ones_like(goal)), as_vector(r)
         found = columns
@@ -436,7 +439,7 @@ class HalfSteps(Step):
                 worst = float(errors.max())
                 stop = check(state.iterations + done, worst)
                 pace.look(errors, done - seen)
-                self.fall, seen = pace.fall, done
+                seen = done
                 if not stop and not near and not model.exact and worst <= ROUNDED:
                     break
                 # over-relaxation would cross the cap of a partial plan
@@ -503,12 +506,10 @@ def _relaxed(old: Any, goal: Any, sums: Any, power: Eps, omega: Eps | None) -> A
     return step**omega * old
 
 
-def _same(vector: Tensor) -> Tensor:
-    return vector
-
-
-def _array(errors: Tensor) -> Array:
+def _array(errors: Any) -> Array:
     """As an array: arithmetic with one number, or a few hundred, costs less there."""
+    if not isinstance(errors, Tensor):
+        return np.asarray(errors)
     if torch._C._are_functorch_transforms_active():  # whose tensors have numbers, but no memory
         return np.array([float(error) for error in errors.flatten()]).reshape(errors.shape)
     return np.asarray(errors.detach().cpu().numpy())
@@ -535,7 +536,7 @@ class _Pace:
         return torch.from_numpy(self.factor).to(self.like)[..., None] if self.factor.ndim else float(self.factor)
 
     def look(self, errors: Any, iterations: int) -> None:
-        now = _array(errors) if isinstance(errors, Tensor) else np.asarray(errors)
+        now = _array(errors)
         rate = (now / np.maximum(self.last, TINY)) ** (1 / iterations)
         self.fall = math.log(max(float(self.last.max()), TINY) / max(float(now.max()), TINY)) / iterations
         self.last, self.looks = now, self.looks + 1

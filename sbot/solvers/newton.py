@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..kernels import same
 from ..partial import Merged
 from .halfsteps import Check, HalfSteps, State, Step
 
@@ -96,7 +97,7 @@ class Newton(Step):
         whole = (1 + ridge) * whole
         inverse = torch.where(diagonal > 0, 1 / diagonal, 0.0)
         if loose is None or free is None:
-            products, to, back = model.small() or (model, _same, _same)
+            products, to, back = model.products()
             with np.errstate(all="ignore"):
                 z, used = _conjugate_gradients(products, to(whole), to(inner), to(rest), to(inverse), to(errors), most)
             return back(z), used
@@ -162,10 +163,6 @@ def _step(state: State, z: Tensor, before: Tensor) -> None:
     state.move(HalfSteps().half(state, torch.where(state.live[1], shift, 0.0).exp()))
 
 
-def _same(v: Tensor) -> Tensor:
-    return v
-
-
 def _conjugate_gradients(
     products: Any,
     whole: Any,
@@ -174,8 +171,8 @@ def _conjugate_gradients(
     inverse: Any,
     errors: Any,
     most: int,
-    rows: Callable[[Tensor], Tensor] = _same,
-    columns: Callable[[Tensor], Tensor] = _same,
+    rows: Callable[[Tensor], Tensor] = same,
+    columns: Callable[[Tensor], Tensor] = same,
 ) -> tuple[Any, int]:
     """Of tensors or arrays alike."""
     z, p = 0.0 * rest, inverse * rest
