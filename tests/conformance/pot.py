@@ -9,14 +9,13 @@ import argparse
 import json
 import math
 import os
-import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from .harness import report_of
+
 FILES = (
     "test_bregman.py",
     "unbalanced/test_sinkhorn.py",
@@ -94,30 +93,9 @@ def unexplained(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 def run(tests: Path, mode: str, files: tuple[str, ...] = FILES, select: str = "") -> dict[str, Any]:
     """One run of pytest in a process of its own; what `pot_swap.Plugin` wrote."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "report.json"
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "SBOT_CONFORMANCE_MODE": mode,
-            "SBOT_CONFORMANCE_OUT": str(out),
-            **{f"POT_BACKEND_DISABLE_{name}": "1" for name in ("JAX", "TENSORFLOW", "CUPY")},
-        }
-        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "tests.conformance.pot_swap"]
-        command += ["-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(tests)]
-        command += ["-k", select] if select else []
-        done = subprocess.run(
-            [*command, *(str(tests / file) for file in files)],
-            env=environment,
-            cwd=tests,
-            capture_output=True,
-            text=True,
-        )
-        if not out.exists():
-            raise RuntimeError(f"the tests did not run:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
-        report: dict[str, Any] = json.loads(out.read_text())
-        report["output"] = done.stdout
-        return report
+    variables = {f"POT_BACKEND_DISABLE_{name}": "1" for name in ("JAX", "TENSORFLOW", "CUPY")}
+    arguments = ("-k", select) if select else ()
+    return report_of(tests, files, mode, ("tests.conformance.pot_swap",), arguments=arguments, variables=variables)
 
 
 def summary(report: dict[str, Any]) -> str:

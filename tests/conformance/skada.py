@@ -7,15 +7,14 @@ interpreter that has skada, where this one has not.  Nothing is fetched.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from .pot import ROOT, summary
+from .harness import report_of
+from .pot import summary
 
 FILES = ("test_mapping.py", "test_ot.py", "test_label_prop.py", "test_pipeline.py")
 MODES = ("pot", "sbot", "wrong")
@@ -33,28 +32,8 @@ def run(python: str, conftest: Path, mode: str, files: tuple[str, ...] = FILES) 
     """One run of pytest in a process of its own; what `pot_swap.Plugin` wrote."""
     tests = place(python)
     assert tests is not None
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "report.json"
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(conftest.parent)]),
-            "SBOT_CONFORMANCE_MODE": mode,
-            "SBOT_CONFORMANCE_OUT": str(out),
-        }
-        command = [python, "-m", "pytest", "-q", "--tb=short", "-p", conftest.stem, "-p", "tests.conformance.pot_swap"]
-        command += ["-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(tests)]
-        done = subprocess.run(
-            [*command, *(str(tests / file) for file in files)],
-            env=environment,
-            cwd=folder,
-            capture_output=True,
-            text=True,
-        )
-        if not out.exists():
-            raise RuntimeError(f"the tests did not run:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
-        report: dict[str, Any] = json.loads(out.read_text())
-        report["output"] = done.stdout
-        return report
+    plugins = (conftest.stem, "tests.conformance.pot_swap")
+    return report_of(tests, files, mode, plugins, python=python, paths=(conftest.parent,), inside=False)
 
 
 def failures(report: dict[str, Any]) -> set[str]:

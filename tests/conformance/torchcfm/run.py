@@ -2,42 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[3]
+from ..harness import report_of
+
 FILES = ("test_optimal_transport.py", "test_conditional_flow_matcher.py", "test_time_t.py")
 
 
 def run(tests: Path, mode: str, path: Path | None = None, files: tuple[str, ...] = FILES) -> dict[str, Any]:
     """What `swap.Plugin` wrote, and the output."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "report.json"
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT), *([str(path)] if path else [])]),
-            "SBOT_CONFORMANCE_MODE": mode,
-            "SBOT_CONFORMANCE_OUT": str(out),
-        }
-        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "tests.conformance.torchcfm.swap"]
-        command += ["-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(tests)]
-        done = subprocess.run(
-            [*command, *(str(tests / file) for file in files)],
-            env=environment,
-            cwd=tests,
-            capture_output=True,
-            text=True,
-        )
-        if not out.exists():
-            raise RuntimeError(f"the tests did not run:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
-        report: dict[str, Any] = json.loads(out.read_text())
-        report["output"] = done.stdout
-        return report
+    return report_of(tests, files, mode, ("tests.conformance.torchcfm.swap",), paths=(path,) if path else ())
 
 
 def summary(report: dict[str, Any]) -> str:
