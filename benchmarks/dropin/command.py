@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import datetime
-import time
 from pathlib import Path
-from typing import Any
 
 import click
 
 from .. import report
-from ..speed.command import RESULTS, environment
+from ..speed.command import carry_out, opened, shared
 from ..speed.records import Records
-from ..speed.runner import Limits, run
+from ..speed.runner import Limits
 from . import page
 from .calls import CALLS
 from .grids import PART, jobs
@@ -44,21 +41,7 @@ def chosen(only: str) -> list[str]:
     "--only", default="", metavar="NAMES", help="Libraries (POT;GeomLoss;TorchCFM) or calls, between semicolons."
 )
 @click.option("--sizes", default="", metavar="N,N", help="Only these n.")
-@click.option(
-    "--limit-seconds", default=100.0, show_default=True, help="For one call; it is stopped when they are over."
-)
-@click.option(
-    "--factor", default=12.0, show_default=True, help="The original is stopped at this many times sbot's time."
-)
-@click.option("--repeat-below", default=3.0, show_default=True, help="Seconds above which a call is timed once.")
-@click.option("--minutes", default=float("inf"), help="No new call is started after so many; run again to go on.")
-@click.option("--fresh", is_flag=True, help="Forget all results; else what is there is not run again.")
-@click.option("--seed", default=0, show_default=True)
-@click.option("--threads", default=1, show_default=True, help="For every library, by tying processes to so many cores.")
-@click.option("--quick", is_flag=True, help="Small sizes, to see that it runs.")
-@click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), default=RESULTS, help="Folder for the results."
-)
+@shared("call", repeat_below=3.0, threads=1)
 def dropin(
     only: str,
     sizes: str,
@@ -73,22 +56,18 @@ def dropin(
     out: Path,
 ) -> None:
     """Every covered call of POT, GeomLoss and TorchCFM on the original and on sbot (about two hours; can be continued)."""
-    names, until = chosen(only), time.monotonic() + 60 * minutes
-    out.mkdir(parents=True, exist_ok=True)
+    names = chosen(only)
     limits = Limits(limit_seconds, factor, repeated=repeat_below)
     if quick:
         limits = Limits(min(limit_seconds, 20.0), factor, repeated=0.02)
-    # quick numbers mean nothing and never mix with others
-    records = Records(out / ("dropin_quick.jsonl" if quick else "dropin.jsonl"))
-    if fresh:
-        records.forget(PART)
-    todo = jobs(names, seed, quick, tuple(int(n) for n in sizes.split(",") if n))
-    key = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%S")
-    settings: dict[str, Any] = {"seed": seed, "limit, s": limits.seconds, "factor": limits.factor}
-    settings |= {"timed once above, s": limits.repeated, "quick": quick}
-    if any(records.find(job) is None for job in todo):
-        records.add({"run": key, "environment": environment(threads, settings)})
-    left = run(todo, records, key, limits, threads, click.echo, until)
-    click.echo(
-        f"{left} of {len(todo)} jobs are left; wrote {', '.join([records.path.name, *write(records, out, quick)])} to {out}"
+    records = opened("dropin", out, quick, [PART] if fresh else [])
+    carry_out(
+        jobs(names, seed, quick, tuple(int(n) for n in sizes.split(",") if n)),
+        records,
+        limits,
+        seed=seed,
+        threads=threads,
+        quick=quick,
+        minutes=minutes,
+        write=lambda: write(records, out, quick),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +53,97 @@ def parts(only: str) -> list[str]:
     return names
 
 
+def shared(what: str, repeat_below: float, threads: int) -> Callable[[Any], Any]:
+    """The options of every command that times ``what`` on several sides and can be continued."""
+    options = (
+        click.option(
+            "--limit-seconds",
+            default=100.0,
+            show_default=True,
+            help=f"For one {what}; it is killed when they are over.",
+        ),
+        click.option(
+            "--factor", default=12.0, show_default=True, help="A rival is stopped at this many times sbot's time."
+        ),
+        click.option(
+            "--repeat-below",
+            default=repeat_below,
+            show_default=True,
+            help=f"Seconds above which a {what} is timed once.",
+        ),
+        click.option(
+            "--minutes", default=float("inf"), help=f"No new {what} is started after so many; run again to go on."
+        ),
+        click.option(
+            "--fresh",
+            is_flag=True,
+            help="Forget the results of the parts that are run; else what is there is not run again.",
+        ),
+        click.option("--seed", default=0, show_default=True),
+        click.option(
+            "--threads",
+            default=threads,
+            show_default=True,
+            help="For every library, by tying processes to so many cores.",
+        ),
+        click.option("--quick", is_flag=True, help="Small sizes, to see that it runs."),
+        click.option(
+            "--out",
+            type=click.Path(file_okay=False, path_type=Path),
+            default=RESULTS,
+            help="Folder for the results.",
+        ),
+    )
+
+    def decorated(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorated
+
+
+def opened(name: str, out: Path, quick: bool, forget: Sequence[str]) -> Records:
+    """The rows of a command in ``out``, without those of the parts to forget; quick numbers never mix with others."""
+    out.mkdir(parents=True, exist_ok=True)
+    records = Records(out / f"{name}{'_quick' if quick else ''}.jsonl")
+    for part in forget:
+        records.forget(part)
+    return records
+
+
+def carry_out(
+    jobs: list[Any],
+    records: Records,
+    limits: Limits,
+    *,
+    seed: int,
+    threads: int,
+    quick: bool,
+    minutes: float,
+    write: Callable[[], list[str]],
+    folder: str | None = None,
+) -> None:
+    """Run the jobs that have no row yet, write what ``write`` does, and say what is left."""
+    until = time.monotonic() + 60 * minutes
+    key = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%S")
+    settings = {
+        "seed": seed,
+        "limit, s": limits.seconds,
+        "factor": limits.factor,
+        "timed once above, s": limits.repeated,
+        "quick": quick,
+    }
+    if any(records.find(job) is None for job in jobs):
+        records.add({"run": key, "environment": environment(threads, settings)})
+    left = run(jobs, records, key, limits, threads, click.echo, until, folder)
+    files = ", ".join([records.path.name, *write()])
+    click.echo(f"{left} of {len(jobs)} jobs are left; wrote {files} to {records.path.parent}")
+
+
 @click.command()
 @click.option("--only", default="", metavar="PARTS", help=f"Some of {','.join(PARTS)}; all when not given.")
 @click.option("--sizes", default="", metavar="N,N", help="Only these n of the accuracy part.")
-@click.option(
-    "--limit-seconds", default=100.0, show_default=True, help="For one solve; it is killed when they are over."
-)
-@click.option("--factor", default=12.0, show_default=True, help="A rival is stopped at this many times sbot's time.")
-@click.option("--repeat-below", default=10.0, show_default=True, help="Seconds above which a solve is timed once.")
-@click.option("--minutes", default=float("inf"), help="No new solve is started after so many; run again to go on.")
-@click.option("--fresh", is_flag=True, help="Forget the results of these parts; else what is there is not run again.")
 @click.option("--million", is_flag=True, help="A million points on each side, sbot alone (long).")
 @click.option("--float32-rivals", is_flag=True, help="Rivals in float32 too; else only sbot is run there.")
 @click.option(
@@ -70,12 +152,7 @@ def parts(only: str) -> list[str]:
     type=click.Path(file_okay=False, exists=True, path_type=Path),
     help="Folder of the single cells; without it they are left out.",
 )
-@click.option("--seed", default=0, show_default=True)
-@click.option("--threads", default=2, show_default=True, help="For every library, by tying processes to so many cores.")
-@click.option("--quick", is_flag=True, help="Small sizes, to see that it runs.")
-@click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), default=RESULTS, help="Folder for the results."
-)
+@shared("solve", repeat_below=10.0, threads=2)
 def speed(
     only: str,
     sizes: str,
@@ -94,29 +171,19 @@ def speed(
 ) -> None:
     """Time and memory of sbot, POT, OTT-JAX, GeomLoss and mdot-tnt to the same accuracy (most of an hour; can be continued)."""
     names = parts(only)
-    until = time.monotonic() + 60 * minutes
-    out.mkdir(parents=True, exist_ok=True)
     options = Options(seed, quick, data, million, float32_rivals, tuple(int(n) for n in sizes.split(",") if n))
     limits = Limits(limit_seconds, factor, repeated=repeat_below)
     if quick:
         limits = Limits(min(limit_seconds, 20.0), factor, 0.5, 0.2)
-    # quick numbers mean nothing and never mix with others
-    records = Records(out / ("speed_quick.jsonl" if quick else "speed.jsonl"))
-    if fresh:
-        for name in names:
-            records.forget(name)
-    key = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%S")
-    settings = {
-        "seed": seed,
-        "limit, s": limits.seconds,
-        "factor": limits.factor,
-        "timed once above, s": repeat_below,
-        "quick": quick,
-    }
-    jobs = [job for name in names for job in PARTS[name](options)]
-    if any(records.find(job) is None for job in jobs):
-        records.add({"run": key, "environment": environment(threads, settings)})
-    folder = str(data.resolve()) if data is not None else None
-    left = run(jobs, records, key, limits, threads, click.echo, until, folder)
-    files = write(records, out, quick)
-    click.echo(f"{left} of {len(jobs)} jobs are left; wrote {', '.join([records.path.name, *files])} to {out}")
+    records = opened("speed", out, quick, names if fresh else [])
+    carry_out(
+        [job for name in names for job in PARTS[name](options)],
+        records,
+        limits,
+        seed=seed,
+        threads=threads,
+        quick=quick,
+        minutes=minutes,
+        write=lambda: write(records, out, quick),
+        folder=str(data.resolve()) if data is not None else None,
+    )
