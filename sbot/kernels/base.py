@@ -30,8 +30,12 @@ LN2 = math.log(2)
 FLOOR = {torch.float64: -900.0, torch.float32: -90.0}
 
 
-#: what a pass shows its tiles to: rows, and the conditional laws ``K_ij`` of these rows
-Keep = Callable[[slice, Tensor], None]
+#: Rows whose masses are added up in the dtype of a pass before they go into sums in double precision.
+ADDED = 256
+
+
+#: what a pass shows its tiles to: rows, and the conditional laws ``K_ij`` of these rows; answers whether to show more
+Keep = Callable[[slice, Tensor], bool]
 
 
 class Pass(NamedTuple):
@@ -199,6 +203,7 @@ class LogKernel(ABC):
         mass = torch.empty_like(lse)
         # single precision sums of a hundred thousand rows would lose what the columns differ by
         columns = torch.zeros(bias.shape, dtype=torch.float64, device=self.device)
+        part, added = (columns if self.dtype == columns.dtype else torch.zeros_like(bias)), 0
         unit = eps * LN2
         column, offset = self.column(bias / LN2, unit), self.offset(unit)
         floor = FLOOR[self.dtype]
@@ -221,9 +226,14 @@ class LogKernel(ABC):
                     share = weights(level)
                 lse[..., rows], mass[..., rows] = level, share
                 total = total.clamp_(min=torch.finfo(self.dtype).tiny)
-                columns += linalg.product(z.mT, share / total)
-                if keep is not None:
-                    keep(rows, z.mul_(total.reciprocal_()[..., None]))
+                linalg.add_product(part, z.mT, share / total)
+                added += size
+                if part is not columns and (added >= ADDED or rows.stop == self.shape[0]):
+                    columns += part
+                    part.zero_()
+                    added = 0
+                if keep is not None and not keep(rows, z.mul_(total.reciprocal_()[..., None])):
+                    keep = None
         return Pass(lse, mass, columns)
 
     def softmax_tiles(self, bias: Tensor, eps: Eps, lse: Tensor) -> Iterator[tuple[slice, Tensor]]:

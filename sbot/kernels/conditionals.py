@@ -88,8 +88,8 @@ class Conditionals:
         sparse = self.sparse_works and (self.dense is None or self.pairs > SMALL)
         self._pieces, self._kept = ([] if sparse else None), 0
 
-    def keep(self, rows: slice, tile: Tensor) -> None:
-        """Take a tile of rows, which may be those of `room`; see `LogKernel.conditionals`."""
+    def keep(self, rows: slice, tile: Tensor) -> bool:
+        """Take a tile of rows, which may be those of `room`; whether there is room for more.  See `LogKernel.conditionals`."""
         placed = self.dense is not None and tile._base is self.dense
         if self._pieces is not None:
             flat = tile.reshape(-1)
@@ -101,10 +101,11 @@ class Conditionals:
                 starts = torch.arange(rows.stop - rows.start, device=self.device) * self.shape[1]
                 ends = self._kept - len(index) + torch.searchsorted(index, starts)
                 self._pieces.append((ends, index % self.shape[1], flat[index]))
-                return
+                return True
             self._recover(rows, placed)
         if self.dense is not None and not placed:
             self.dense[..., rows, :].copy_(tile)
+        return self.dense is not None
 
     def _recover(self, rows: slice, placed: bool) -> None:
         """Too many entries for the sparse form: from here on dense, where there is room."""

@@ -24,6 +24,17 @@ def backends(cost: Cost, x, y) -> dict[str, LogKernel]:
     return {"tiled": tiled, "small tiles": small, "dense": dense, "strided": strided, "twice transposed": tiled.T.T}
 
 
+def keeper(kept, most=1000):
+    """What `LogKernel.conditionals` is to show its tiles to: copies them, and wants no more than the first rows."""
+
+    def keep(rows: slice, tile) -> bool:
+        assert rows.start < most
+        kept[..., rows, :].copy_(tile)
+        return rows.stop < most
+
+    return keep
+
+
 def naive(c, bias, eps, values):
     z = bias[..., None, :] - c / eps
     return z.logsumexp(-1), z.softmax(-1) @ values
@@ -118,9 +129,23 @@ def test_one_pass_is_the_plan_written_out(cost, power, batch, generator):
     law = logits.softmax(-1)
     for name, kernel in backends(cost, x, y).items():
         kept = torch.zeros_like(law)
-        seen = kernel.conditionals(bias, 0.3, a, power, lambda where, tile, kept=kept: kept[..., where, :].copy_(tile))
+        seen = kernel.conditionals(bias, 0.3, a, power, keeper(kept))
         for got, want in zip((*seen, kept), (lse, rows, (rows[..., None] * law).sum(-2), law), strict=True):
             torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14, msg=name)
+
+
+def test_a_pass_adds_up_many_tiles_and_shows_no_more_than_is_wanted(generator):
+    """Sums of columns in single precision over more rows than are added up at a time."""
+    x, y = clouds(1000, 7, 2, generator)
+    kernel = TiledKernel(Quadratic(), x.float(), y.float())
+    kernel.tile_bytes = 4 * 7 * 50
+    a, bias = torch.full((1000,), 1e-3), torch.zeros(7)
+    law = (-Quadratic().matrix(x, y) / 0.5).softmax(-1)
+    kept = torch.zeros(1000, 7)
+    seen = kernel.conditionals(bias, 0.5, a, 0, keeper(kept, 300))
+    torch.testing.assert_close(seen.columns, law.sum(0) / 1000, rtol=3e-7, atol=0)
+    torch.testing.assert_close(kept[:300], law[:300].float(), rtol=1e-5, atol=1e-7)
+    assert not kept[300:].any()
 
 
 @pytest.mark.parametrize(("size", "spread"), [(40, 1.0), (400, 1.0), (400, 1e-3), (700, 1.0), (700, 1e-4)])
