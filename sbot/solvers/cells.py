@@ -106,6 +106,11 @@ class Correction:
     cells: Tensor
     kernel: LogKernel
 
+    def under(self, problem: Problem, label: Tensor) -> Correction:
+        """The same of a problem whose atoms of nu, in cells ``label``, are grouped to those of this one."""
+        means, _ = self.kernel.leaves
+        return replace(self, cells=self.cells[label], kernel=self.kernel.on((means, problem.sites[1].detach())))
+
     def __call__(self, rest: Tensor, step: Tensor) -> Tensor:
         """The step ``(m,)``, in units of eps, given the masses that are missing and the half-step that would be taken."""
         state, newton = self.state, Newton()

@@ -38,6 +38,8 @@ STAGE_LIMIT = 100
 START = 0.1
 #: Atoms on a side of the coarsest problem that starts a streamed one, and the marginal error it is left at.
 COARSEST, COARSE = 4096, 1e-2
+#: Atoms in a cell of the problem just before a streamed one, at least, and the marginal error that it is left at.
+FINE, FINER = 3, 3e-4
 #: Looks at the error without a new best (by a thousandth) after which the last stage counts as stalled.
 PATIENCE = 10
 #: Plain half-steps, after which the potentials of a problem without a plan have parted.
@@ -115,6 +117,17 @@ class Sinkhorn(Solver):
         start = time.perf_counter()
         with torch.no_grad(), reporting(progress, "Sinkhorn") as report:
             coarse = self._coarse(problem) if init is None else None
+            return self._solve(problem, init, coarse, report, start)
+
+    def _solve(
+        self,
+        problem: Problem,
+        init: Bridge | None,
+        coarse: _Coarse | None,
+        report: Callable[[Progress], None],
+        start: float,
+    ) -> PotentialBridge:
+        with torch.no_grad():
             state, stages, goal = self._prepare(problem, init if coarse is None else coarse.bridge)
             state.correct = None if coarse is None else coarse.correction
             history: list[tuple[int, float, float]] = []
@@ -165,9 +178,20 @@ class Sinkhorn(Solver):
             return None
         inner = replace(self, memory=self.memory // 2)
         # a model of the plan between cells, of four bytes an entry, in a fourth of the memory
-        found = coarsened(problem, math.isqrt(self.memory) // 4)
+        most = math.isqrt(self.memory) // 4
+        between = max(mu.n, nu.n) // FINE
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            if most > 1 and between >= 4 * most and (found := coarsened(problem, between)) is not None:
+                # streamed as well, but a tenth of the pairs or fewer: a pass here saves one there
+                parts, label = found
+                coarse = self._coarse(parts)
+                finer = replace(self, tol=max(self.tol or 0.0, FINER))
+                with reporting(None, "Sinkhorn") as report:
+                    near = finer._solve(parts, None, coarse, report, time.perf_counter())
+                slow = None if coarse is None or coarse.correction is None else coarse.correction.under(problem, label)
+                return _Coarse(near, slow, coarse)
+            found = coarsened(problem, most)
             if found is None:
                 parts = replace(problem, mu=_thinned(mu), nu=_thinned(nu), notes=())
                 return _Coarse(replace(self, tol=max(self.tol or 0.0, COARSE)).solve(parts), None)
@@ -396,20 +420,27 @@ def _thinned(measure: Discrete) -> Discrete:
 
 
 class _Coarse(NamedTuple):
-    """A solution of a smaller problem, and what it knows of the slow directions."""
+    """A solution of a smaller problem, what is known of the slow directions, and what that solution started from."""
 
     bridge: Bridge
     correction: Correction | None
+    below: _Coarse | None = None
+
+    @property
+    def sizes(self) -> str:
+        mu, nu = self.bridge.problem.mu, self.bridge.problem.nu
+        assert isinstance(mu, Discrete) and isinstance(nu, Discrete)
+        return f"between {mu.n} and {nu.n}"
 
 
 def _started(coarse: _Coarse | None) -> tuple[str, ...]:
     if coarse is None:
         return ()
-    mu, nu = coarse.bridge.problem.mu, coarse.bridge.problem.nu
-    assert isinstance(mu, Discrete) and isinstance(nu, Discrete)
-    if coarse.correction is None:
-        return (f"started from a solution between {mu.n} and {nu.n} of the atoms",)
-    return (f"started from a solution between {mu.n} and {nu.n} cells of atoms, whose Newton steps correct the passes",)
+    what = "of the atoms" if coarse.correction is None and coarse.below is None else "cells of atoms"
+    said, below = f"started from a solution {coarse.sizes} {what}", coarse.below
+    while below is not None:
+        said, below = f"{said}, that from one {below.sizes}", below.below
+    return (said if coarse.correction is None else f"{said}, whose Newton steps correct the passes",)
 
 
 def _worst(errors: Tensor) -> str:

@@ -97,6 +97,10 @@ CASES = {
     "start from cells, corrected": Case(
         {"memory": 40_000}, set=COARSE, notes=("between 32 and 32 cells", "streamed"), seen=("corrected",), most=15, **BIG
     ),
+    "start from cells of cells, corrected": Case(
+        {"memory": 1100}, set={"sinkhorn.COARSEST": 10, "cells.SMOOTH": 9.0}, seen=("corrected",), most=20, **BIG,
+        notes=("between 32 and 32 cells", "from one between 8 and 8"),
+    ),
     "float32": Case(dtype=torch.float32, seen=("dense float64",)),
     "float32, streamed": Case({"memory": 0}, dtype=torch.float32, notes=("streamed",), seen=("Anderson",)),
     "float32, Newton": Case(set=FEW_HALF_STEPS, dtype=torch.float32, notes=("Newton",), rel=0.02, most=30),
