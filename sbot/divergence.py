@@ -200,11 +200,13 @@ def _alone(problem: Problem, solver: Sinkhorn, tolerance: float, show: Callable[
     p, best, waited = torch.zeros_like(a), _Self(torch.zeros_like(a), math.inf, False), 0
     for k in range(min(MOST, solver.max_iter)):
         half = -damp * unit * kernel.reduce(log_a + p / unit, eps)[0]
+        # an atom that forbidden pairs leave where it is takes no part, and keeps the infinite potential that it has
+        live = live & (half != torch.inf)
         change = torch.where(live, half - p, 0.0)
-        goal = (a * torch.exp(-p / rho)).double()
+        goal = torch.where(live, a * torch.exp(-p / rho), 0.0).double()
         off = torch.where(live, torch.expm1(-change / (damp * unit)).abs(), 0.0)
         # both marginals are off by this
-        error = 2 * float(((goal * off).sum(-1) / goal.sum(-1)).max())
+        error = 2 * float(((goal * off).sum(-1) / goal.sum(-1).clamp(min=torch.finfo(goal.dtype).tiny)).max())
         if math.isnan(error):
             raise NumericalError(
                 "a self term of the divergence left the finite numbers; rescale the cost or use float64"
@@ -212,7 +214,7 @@ def _alone(problem: Problem, solver: Sinkhorn, tolerance: float, show: Callable[
         show(Progress(k, largest, error, tolerance))
         waited = 0 if error < 0.9 * best.error else waited + 1
         if error < best.error:
-            best = _Self(p, error, error <= tolerance)
+            best = _Self(torch.where(half == torch.inf, half, p), error, error <= tolerance)
         if best.converged or waited >= PATIENCE:
             break
         p = p + SHARES[k % len(SHARES)] * change

@@ -112,7 +112,8 @@ def solve(
             return plan.through(over, v)
         return columns(plan.transposed_times(rows(plan.times(v))))
 
-    rest = columns(eps * (grad_g - plan.transposed_times(rows(grad_f))))
+    moved = plan.transposed_times(rows(grad_f))
+    rest = columns(eps * (grad_g - moved))
     free = relax == (math.inf, math.inf)
     live = lower > 0
     if free:
@@ -120,7 +121,8 @@ def solve(
         rest = torch.where(live, rest - lower * (rest.sum(-1, keepdim=True) / lower.sum(-1, keepdim=True)), 0.0)
     inverse = torch.where(live, 1 / lower, 0.0)
     beta = torch.zeros_like(rest)
-    goal = REST * torch.finfo(rest.dtype).eps * rest.abs().sum(-1)
+    # the rounding of what it is the difference and, in a partial plan, the mean of
+    goal = REST * torch.finfo(rest.dtype).eps * (eps * (grad_g.abs() + moved.abs())).sum(-1)
     p = inverse * rest
     rho = (rest * p).sum(-1, keepdim=True)
     for _ in range(MOST):

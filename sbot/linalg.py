@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any
 
@@ -78,7 +78,11 @@ def full_precision() -> Iterator[None]:
         if value not in ("none", "ieee"):
             switch.fp32_precision = "ieee"
     try:
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        with ExitStack() as off:
+            for device in ("cpu", "cuda"):
+                # to enter a context costs as much as a small product
+                if torch.is_autocast_enabled(device):
+                    off.enter_context(torch.autocast(device, enabled=False))
             yield
     finally:
         for switch, value in zip(switches, before, strict=True):

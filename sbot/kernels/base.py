@@ -62,6 +62,10 @@ class LogKernel(ABC):
     #: the tile of `conditionals`, kept from one pass to the next: fresh memory costs more than small problems
     _scratch: Tensor | None = None
 
+    def _tiled_as(self, other: LogKernel) -> None:
+        """Make no larger tiles than ``other``."""
+        self.tile_bytes, self.copies = other.tile_bytes, other.copies
+
     @property
     @abstractmethod
     def T(self) -> LogKernel:

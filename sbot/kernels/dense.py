@@ -29,16 +29,21 @@ class DenseKernel(LogKernel):
         self.dtype, self.device = stored.dtype, stored.device
         self.by_rows = stored.stride(-1) == 1 or self.shape[1] == 1
 
+    def _over(self, stored: Tensor, batch_shape: tuple[int, ...]) -> DenseKernel:
+        out = DenseKernel(stored, batch_shape)
+        out._tiled_as(self)
+        return out
+
     @property
     def T(self) -> DenseKernel:
-        return DenseKernel(self.stored.mT, self.batch_shape)
+        return self._over(self.stored.mT, self.batch_shape)
 
     def take(self, index: Tensor) -> DenseKernel:
         own = self.stored.ndim == self.matrix.ndim
-        return DenseKernel(self.stored[index] if own else self.stored, (len(index), *self.batch_shape[1:]))
+        return self._over(self.stored[index] if own else self.stored, (len(index), *self.batch_shape[1:]))
 
     def on(self, leaves: Sequence[Tensor]) -> DenseKernel:
-        return DenseKernel(leaves[0], self.batch_shape)
+        return self._over(leaves[0], self.batch_shape)
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:

@@ -34,6 +34,11 @@ class TiledKernel(LogKernel):
         with torch.no_grad():
             self._embedded = self._centred(x, y)
 
+    def _over(self, x: Tensor, y: Tensor, flipped: bool) -> TiledKernel:
+        out = TiledKernel(self.cost, x, y, flipped=flipped)
+        out._tiled_as(self)
+        return out
+
     def _centred(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
         pair = self.cost.embed(x, y)
         if pair is None:
@@ -44,14 +49,14 @@ class TiledKernel(LogKernel):
 
     @property
     def T(self) -> TiledKernel:
-        return TiledKernel(self.cost, self.x, self.y, flipped=not self.flipped)
+        return self._over(self.x, self.y, not self.flipped)
 
     def take(self, index: Tensor) -> TiledKernel:
-        return TiledKernel(self.cost, self.x[index], self.y[index], flipped=self.flipped)
+        return self._over(self.x[index], self.y[index], self.flipped)
 
     def on(self, leaves: Sequence[Tensor]) -> TiledKernel:
         x, y = leaves
-        return self if x is self.x and y is self.y else TiledKernel(self.cost, x, y, flipped=self.flipped)
+        return self if x is self.x and y is self.y else self._over(x, y, self.flipped)
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:

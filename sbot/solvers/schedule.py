@@ -42,7 +42,7 @@ class Schedule:
             raise InvalidProblem(f"{self!r} is no schedule; give 0 < factor < 1 and a finite tolerance > 0")
 
     def stages(self, start: Eps, eps: Eps, tolerance: float) -> Iterator[tuple[Eps, float]]:
-        """Equal ratios of at least ``factor`` from about ``start``; one stage where eps is not smaller.
+        """Equal ratios of ``factor`` (to a hundredth of a stage) or more, from about ``start``; one where eps is not smaller.
 
         Of a batch with an eps ``(*b,)`` each problem has ratios of its own, and as many stages as the one that needs most.
         """

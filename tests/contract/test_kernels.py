@@ -134,6 +134,15 @@ def test_one_pass_is_the_plan_written_out(cost, power, batch, generator):
             torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14, msg=name)
 
 
+def test_the_size_of_tiles_is_kept(generator):
+    x, y = clouds(6, 7, 2, generator, (3,))
+    for kernel in backends(Quadratic(), x, y).values():
+        kernel.tile_bytes = 8 * 7 * 3 * 2
+        leaves = [leaf.clone() for leaf in kernel.leaves]
+        for other in (kernel.T, kernel.take(torch.tensor([0, 2])), kernel.on(leaves)):
+            assert other.tile_bytes == kernel.tile_bytes
+
+
 def test_a_pass_adds_up_many_tiles_and_shows_no_more_than_is_wanted(generator):
     """Sums of columns in single precision over more rows than are added up at a time."""
     x, y = clouds(1000, 7, 2, generator)

@@ -194,6 +194,32 @@ def test_the_gradient_is_zero_where_the_measures_are_equal(dtype, generator):
         assert float(centred.abs().max()) < (1e-7 if dtype == torch.float64 else 1e-3)
 
 
+@pytest.mark.parametrize("rho", [0.3, 5.0])
+@pytest.mark.parametrize("closed", [1, 3])
+def test_an_atom_that_may_not_stay_is_lost(rho, closed, generator):
+    """Its mass is paid for, as in any other relaxed problem: the definition, term by term."""
+    a, b = weights(3, generator=generator), weights(4, generator=generator)
+    c_xy, c_xx, c_yy = (torch.rand(n, m, generator=generator, dtype=torch.float64) for n, m in ((3, 4), (3, 3), (4, 4)))
+    c_xx, c_yy = c_xx + c_xx.T, c_yy + c_yy.T
+    for k in range(closed):
+        c_xx[k], c_xx[:, k] = math.inf, math.inf
+    solver = sbot.Sinkhorn(tol=1e-12)
+    value = sbot.sinkhorn_divergence(a, b, 0.2, cost=(c_xy, c_xx, c_yy), relax=rho, solver=solver)
+    across, within_b = (
+        sbot.solve_bridge(left, right, 0.2, cost=c, relax=rho, solver=solver).cost()
+        for left, right, c in ((a, b, c_xy), (b, b, c_yy))
+    )
+    free = torch.arange(closed, 3)
+    lost = a[:closed].sum()
+    # KL(P | mu x mu) has the whole product's mass, of which the atoms that take part know their own only
+    within_a = 2 * rho * lost + 0.2 * (a.sum() ** 2 - a[free].sum() ** 2)
+    if len(free):
+        inner = sbot.solve_bridge(a[free], a[free], 0.2, cost=c_xx[free][:, free], relax=rho, solver=solver)
+        within_a = within_a + inner.cost()
+    want = across - within_a / 2 - within_b / 2 + 0.1 * (a.sum() - b.sum()) ** 2
+    torch.testing.assert_close(value, want, rtol=1e-9, atol=1e-10)
+
+
 def test_a_flow_ends_at_its_target(generator):
     _, y = clouds(1, 20, 2, generator)
     x = torch.randn(20, 2, generator=generator, dtype=torch.float64).requires_grad_()

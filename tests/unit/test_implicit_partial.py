@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
 
 import sbot
 
-from ..conftest import half_squares
+from ..conftest import clouds, half_squares
 from .test_implicit import data as balanced
 from .test_implicit import quantities
 
@@ -134,6 +135,28 @@ def test_single_precision_is_near(generator):
         grads.append(torch.autograd.grad(bridge.plan().square().sum() + bridge.transport().sum(), leaf)[0].double())
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-2, atol=1e-3)
     assert math.isfinite(float(grads[1].sum()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_where_no_atom_of_a_side_is_full(dtype, generator):
+    """All multipliers of that side are one constant: nothing is left to solve for, and nothing is warned of."""
+    x, y = (part.to(dtype) for part in clouds(6, 5, 2, generator))
+    a, b = torch.full((6,), 0.1, dtype=dtype), torch.full((5,), 9.0, dtype=dtype)
+    leaf = x.clone().requires_grad_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", sbot.NotConverged)
+        bridge = sbot.solve_bridge((leaf, a), (y, b), EPS, mass=0.3).differentiable()
+        grad = torch.autograd.grad(bridge.plan().square().sum(), leaf)[0]
+
+    def value(points):
+        return sbot.solve_bridge((points.double(), a.double()), (y.double(), b.double()), EPS, mass=0.3, solver=TIGHT).plan().square().sum()
+
+    for i, k in ((0, 0), (3, 1)):
+        step = torch.zeros(6, 2, dtype=torch.float64)
+        step[i, k] = 1e-5
+        want = (value(x.double() + step) - value(x.double() - step)) / 2e-5
+        rel, least = (1e-5, 1e-8) if dtype == torch.float64 else (1e-2, 1e-4)
+        assert float(grad[i, k]) == pytest.approx(float(want), rel=rel, abs=least)
 
 
 def test_iterations_are_not_unrolled(generator):

@@ -129,6 +129,16 @@ def test_assignments(generator):
     assert torch.equal(fewer.assignment(), fewer.plan().argmax(1))
 
 
+@pytest.mark.parametrize("m", [4, 5])
+def test_no_assignment_for_an_atom_without_pairs(m, generator):
+    c = torch.rand(4, m, generator=generator, dtype=torch.float64)
+    c[2] = math.inf
+    a, b = torch.full((4,), 1 / 4, dtype=torch.float64), torch.full((m,), 1 / m, dtype=torch.float64)
+    bridge = sbot.solve_bridge(a, b, 0.1, cost=c, relax=1.0)
+    with pytest.raises(sbot.Unsupported, match=r"mu\[2\] has no allowed pair"):
+        bridge.assignment()
+
+
 def test_a_permutation_needs_enough_entries():
     logits, columns = torch.zeros(3, 1), torch.tensor([[0], [0], [1]])
     assert permutation(logits, columns) is None
