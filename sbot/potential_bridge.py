@@ -175,7 +175,9 @@ class PotentialBridge(Bridge):
         logit, best = (part[:, 0] for part in self.coupling.top_logits(1))
         closed = torch.nonzero(logit == -torch.inf)
         if len(closed):
-            raise Unsupported(f"mu[{int(closed[0])}] has no allowed pair, so no atom of nu is its own; use plan() or top(k)")
+            raise Unsupported(
+                f"mu[{int(closed[0])}] has no allowed pair, so no atom of nu is its own; use plan() or top(k)"
+            )
         mu, nu = self.problem.mu, self.problem.nu
         assert isinstance(mu, Discrete) and isinstance(nu, Discrete)
         if mu.n != nu.n or len(set(best.tolist())) == len(best):

@@ -61,6 +61,8 @@ class LogKernel(ABC):
     by_rows = True
     #: the tile of `conditionals`, kept from one pass to the next: fresh memory costs more than small problems
     _scratch: Tensor | None = None
+    #: how far apart any two entries are at most, where `scale` has looked at them
+    _range = math.inf
 
     def _tiled_as(self, other: LogKernel) -> None:
         """Make no larger tiles than ``other``."""
@@ -100,18 +102,23 @@ class LogKernel(ABC):
         """Mean and largest of ``|C|`` over the finite entries (the largest may be an upper bound), ``(*b,)``."""
         total = torch.zeros(self.batch_shape, dtype=torch.float64, device=self.device)
         count, top = total.clone(), total.clone()
+        least, most = math.inf, -math.inf
         with torch.no_grad():
             for rows in self.tiles():
                 c = self.entries(rows)
-                low, high = torch.aminmax(c)
-                if float(low) >= 0 and math.isfinite(high):
+                low, high = (float(end) for end in torch.aminmax(c))
+                least, most = min(least, low), max(most, high)
+                plain = low >= 0 and math.isfinite(high)
+                if plain:
                     count += c.shape[-2] * c.shape[-1]
                 else:
                     finite = torch.isfinite(c)
                     c = c.masked_fill(~finite, 0).abs()
                     count += finite.sum((-2, -1))
                 total += c.sum((-2, -1), dtype=torch.float64)
-                top = torch.maximum(top, c.amax((-2, -1)).double())
+                known = plain and not self.batch_shape
+                top = torch.maximum(top, top.new_tensor(high) if known else c.amax((-2, -1)).double())
+        self._range = most - least
         return total / count, top
 
     def column(self, bias: Tensor, eps: Eps) -> Tensor:
@@ -181,6 +188,14 @@ class LogKernel(ABC):
         offset = self.offset(unit)
         return (lse if offset is None else lse.add_(offset)).mul_(LN2), avg
 
+    def _depth(self, bias: Tensor, eps: Eps) -> float:
+        """How many powers of two lie between any two logits at most."""
+        if not math.isfinite(self._range):
+            return math.inf
+        low, high = (float(end) for end in torch.aminmax(bias))
+        least = float(eps.min()) if isinstance(eps, Tensor) else eps
+        return (high - low + self._range / least) / LN2
+
     @property
     def whole(self) -> bool:
         """Whether all rows are in one tile."""
@@ -211,6 +226,7 @@ class LogKernel(ABC):
         unit = eps * LN2
         column, offset = self.column(bias / LN2, unit), self.offset(unit)
         floor = FLOOR[self.dtype]
+        deep = self._depth(bias, eps) > -floor
         given = not isinstance(power, Tensor) and power == 0
         with torch.no_grad(), linalg.full_precision():
             for rows in self.tiles():
@@ -221,7 +237,8 @@ class LogKernel(ABC):
                 z = self.logits(rows, column, unit, out)
                 top = z.amax(-1, keepdim=True)
                 top = top.masked_fill_(top == -torch.inf, 0)  # an empty row: 2^-inf = 0, not NaN
-                total = z.sub_(top).clamp_(min=floor).exp2_().sum(-1)
+                z = z.sub_(top)
+                total = (z.clamp_(min=floor) if deep else z).exp2_().sum(-1)
                 level = top.squeeze(-1) + total.log2()
                 level = (level if offset is None else level + offset[..., rows]) * LN2
                 if isinstance(weights, Tensor):

@@ -17,6 +17,8 @@ from .base import LogKernel
 CUT = 1e-9
 #: Share of entries up to which the sparse form is made: the dense one is quicker to fill, and not much slower beyond.
 SPARSE = 0.05
+#: Entries of a tile that say whether it is full.
+SOME = 4096
 #: Entries below which a matrix is so quickly multiplied that no other form is worth making.
 SMALL = 2**16
 #: Bytes of an entry of the sparse form: two values in double precision and two column numbers.
@@ -93,10 +95,13 @@ class Conditionals:
         placed = self.dense is not None and tile._base is self.dense
         if self._pieces is not None:
             flat = tile.reshape(-1)
-            large = flat > CUT
-            # counted first: to list all of a full tile takes longer than to copy it
-            self._kept += int(large.count_nonzero())
-            if self._kept <= self.most:
+            # counted first: to list all of a full tile takes longer than to copy it; and some before all
+            some = flat[:: len(flat) // SOME | 1]  # odd, so that not all are of one column
+            full = int((some > CUT).count_nonzero()) * len(flat) > 2 * (self.most - self._kept) * len(some)
+            if not full:
+                large = flat > CUT
+                self._kept += int(large.count_nonzero())
+            if not full and self._kept <= self.most:
                 index = large.nonzero()[:, 0]
                 starts = torch.arange(rows.stop - rows.start, device=self.device) * self.shape[1]
                 ends = self._kept - len(index) + torch.searchsorted(index, starts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import final
 
 import torch
@@ -104,10 +105,17 @@ class TiledKernel(LogKernel):
         if self._embedded is None:
             super().fill(rows, out)
             return
-        offset = self.offset(1.0)
-        assert offset is not None
-        column = self.column(torch.zeros_like(self._embedded[1][..., 0]), 1.0)
-        self.logits(rows, column, 1.0, out).add_(offset[..., rows, None]).neg_().clamp_(min=0)
+        # one product: no sweep over the tile for what rows and columns add
+        left, right = self._whole_square
+        _multiplied(left[..., rows, :], right, out).clamp_(min=0)
+
+    @cached_property
+    def _whole_square(self) -> tuple[Tensor, Tensor]:
+        """``(-u, |u|^2 / 2, 1)`` and ``(v, 1, |v|^2 / 2)``, whose products are the cost."""
+        assert self._embedded is not None
+        u, v = self._embedded
+        near, far = (part.square().sum(-1, keepdim=True) / 2 for part in (u, v))
+        return torch.cat([-u, near, torch.ones_like(near)], -1), torch.cat([v, torch.ones_like(far), far], -1)
 
     def column(self, bias: Tensor, eps: Eps) -> Tensor:
         return bias if self._embedded is None else bias - self._embedded[1].square().sum(-1) / along(2 * eps, 1)
@@ -118,11 +126,7 @@ class TiledKernel(LogKernel):
         u, v = self._embedded
         if not self.batch_shape and not isinstance(eps, Tensor):
             return torch.addmm(column, u[rows], v.mT, alpha=1 / eps, out=out)
-        if torch._C._are_functorch_transforms_active():  # which know no out= here
-            out.copy_(torch.matmul(u[..., rows, :], v.mT))
-        else:
-            torch.matmul(u[..., rows, :], v.mT, out=out)
-        return out.mul_(along(1 / eps, 2)).add_(column[..., None, :])
+        return _multiplied(u[..., rows, :], v, out).mul_(along(1 / eps, 2)).add_(column[..., None, :])
 
     def offset(self, eps: Eps) -> Tensor | None:
         return None if self._embedded is None else self._embedded[0].square().sum(-1) / along(-2 * eps, 1)
@@ -132,8 +136,17 @@ class TiledKernel(LogKernel):
             u, v = (t.double() for t in self._embedded)
             square_u, square_v = u.square().sum(-1), v.square().sum(-1)
             mean = (square_u.mean(-1) + square_v.mean(-1)) / 2 - (u.mean(-2) * v.mean(-2)).sum(-1)
-            return mean, (square_u.amax(-1).sqrt() + square_v.amax(-1).sqrt()).square() / 2
+            largest = (square_u.amax(-1).sqrt() + square_v.amax(-1).sqrt()).square() / 2
+            self._range = float(largest.max())
+            return mean, largest
         return super().scale()
+
+
+def _multiplied(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """``left right'`` in ``out``."""
+    if torch._C._are_functorch_transforms_active():  # which know no out= here
+        return out.copy_(torch.matmul(left, right.mT))
+    return torch.matmul(left, right.mT, out=out)
 
 
 def _middle(points: Tensor) -> Tensor:

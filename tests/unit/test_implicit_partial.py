@@ -149,7 +149,8 @@ def test_where_no_atom_of_a_side_is_full(dtype, generator):
         grad = torch.autograd.grad(bridge.plan().square().sum(), leaf)[0]
 
     def value(points):
-        return sbot.solve_bridge((points.double(), a.double()), (y.double(), b.double()), EPS, mass=0.3, solver=TIGHT).plan().square().sum()
+        sides = (points.double(), a.double()), (y.double(), b.double())
+        return sbot.solve_bridge(*sides, EPS, mass=0.3, solver=TIGHT).plan().square().sum()
 
     for i, k in ((0, 0), (3, 1)):
         step = torch.zeros(6, 2, dtype=torch.float64)
