@@ -261,6 +261,7 @@ class Sinkhorn(Solver):
         least = float(aim.min())
         slack: Eps = aim / least if bool((aim > least).any()) else 1.0
         name = str(problem.dtype).removeprefix("torch.")
+        double = "" if problem.dtype == torch.float64 else "float64 or "
         where = f" (problem {int(reach.argmax())} of the batch)" if problem.batch_shape else ""
         resolved = not bool((reach > aim.clamp(min=HOPELESS)).any())
         if not resolved:
@@ -268,13 +269,13 @@ class Sinkhorn(Solver):
             if float(_constant(problem).max()) > float(largest.max()):
                 size, what = _constant(problem), "(relax * |log of the ratio of masses|)"
             ratio = float((problem.eps / size.clamp(min=1e-300)).min())
-            note = f"{name} cannot resolve eps / {what} = {ratio:.0e}{where}; use float64 or a larger eps"
+            note = f"{name} cannot resolve eps / {what} = {ratio:.0e}{where}; use {double}a larger eps"
             if what != "max|C|":
                 note += ", or equal masses without relax="
         else:
             note = f"tolerance raised from {wanted:.1e} to {most:.1e}{where}, about what {name} can reach at this eps"
             if self.tol is not None:
-                warnings.warn(f"{note}; use float64, a larger eps or tol=None", PrecisionWarning, stacklevel=5)
+                warnings.warn(f"{note}; use {double}a larger eps, or tol=None", PrecisionWarning, stacklevel=5)
         return _Goal(least, float((reach / slack).max()), slack, resolved, (note,))
 
     def _stage(self, state: State, last: bool, watch: _Watch, counts: dict[str, int], doubtful: Problem | None) -> None:

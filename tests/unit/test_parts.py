@@ -65,3 +65,9 @@ def test_one_piece_is_left_alone(generator):
 def test_nothing_between_parts_leaves_them_where_they_are():
     move = joined(torch.eye(3, dtype=torch.float64).log(), *torch.ones(2, 3, dtype=torch.float64), 1e-9)
     assert torch.equal(move, torch.zeros(6, dtype=torch.float64))
+
+
+def test_an_atom_without_a_partner_settles_nothing():
+    """So small a mass where there should be a third, as in a plan far from converged."""
+    plan = torch.tensor([[0.5, 1e-9, 0.1], [1e-9, 1e-9, 0.4]], dtype=torch.float64)
+    assert joined(plan.log(), *(torch.full((n,), 1 / n, dtype=torch.float64) for n in (2, 3)), 0.2) is None
