@@ -36,7 +36,7 @@ from .linalg import Eps, along, full_precision
 from .measures import Discrete
 from .potential_bridge import PotentialBridge
 from .potentials import Atoms
-from .problem import Problem
+from .problem import Problem, fitted
 from .progress import Progress, reporting
 from .reference import Reference, Static
 from .solvers import ClosedForm, Sinkhorn, Solver
@@ -273,14 +273,17 @@ def _itself(problem: Problem, matrix: Any, k: int) -> Problem:
         if charge.values.device != problem.device:
             raise InvalidProblem(f"it is on {charge.values.device} and {name} on {problem.device}; move one of them")
         values = charge.values.to(problem.dtype)
-        whole = replace(problem, mu=end, nu=end, reference=Static(MatrixCost(values)))
+        whole = replace(
+            problem, mu=end, nu=end, reference=Static(fitted(charge, problem.batch_shape, dtype=problem.dtype))
+        )
         whole._check_shapes()
         whole._check_feasible()
     except InvalidProblem as fault:
         raise InvalidProblem(f"{what} is wrong: {fault}") from None
     if not _symmetric(values.detach()):
         raise InvalidProblem(f"{what} is not symmetric; pass (C + C.T) / 2 if that is meant")
-    return replace(whole, reference=Static(MatrixCost((values + values.mT) / 2)))
+    even = MatrixCost((values + values.mT) / 2)
+    return replace(whole, reference=Static(fitted(even, problem.batch_shape)))
 
 
 def _require_symmetric(problem: Problem) -> None:

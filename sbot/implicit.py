@@ -121,8 +121,9 @@ def solve(
         rest = torch.where(live, rest - lower * (rest.sum(-1, keepdim=True) / lower.sum(-1, keepdim=True)), 0.0)
     inverse = torch.where(live, 1 / lower, 0.0)
     beta = torch.zeros_like(rest)
-    # the rounding of what it is the difference and, in a partial plan, the mean of
-    goal = REST * torch.finfo(rest.dtype).eps * (eps * (grad_g.abs() + moved.abs())).sum(-1)
+    first, terms = rest.abs().sum(-1), (eps * (grad_g.abs() + moved.abs())).sum(-1)
+    # no further than the rounding of what it is the difference and, in a partial plan, the mean of
+    goal = torch.finfo(rest.dtype).eps * torch.maximum(REST * first, 2 * terms)
     p = inverse * rest
     rho = (rest * p).sum(-1, keepdim=True)
     for _ in range(MOST):
@@ -138,15 +139,14 @@ def solve(
         q = inverse * rest
         old, rho = rho, (rest * q).sum(-1, keepdim=True)
         p = torch.where(busy[..., None], q + (rho / old) * p, 0.0)
-    _tell(rest, goal)
+    _tell(rest.abs().sum(-1), first, goal)
     return rows(eps * grad_f - plan.times(beta)), beta
 
 
-def _tell(rest: Tensor, goal: Tensor) -> None:
-    """A warning where conjugate gradients ended far from ``goal``."""
-    machine = torch.finfo(rest.dtype).eps
-    left = REST * machine * float((rest.abs().sum(-1) / goal.clamp(min=torch.finfo(goal.dtype).tiny)).max())
-    if left > 1e-3 and float(goal.max()) > 0:
+def _tell(rest: Tensor, first: Tensor, goal: Tensor) -> None:
+    """A warning where conjugate gradients left more than a thousandth, and more than ``goal``."""
+    left = torch.where(rest > 2 * goal, rest / first, 0.0).max()
+    if float(left) > 1e-3:
         warnings.warn(
             f"the gradient through the plan is solved to {left:.0e} only; raise eps, or use float64",
             NotConverged,

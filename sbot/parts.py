@@ -22,7 +22,7 @@ ROUNDING = float(np.finfo(np.float64).eps)
 
 
 def joined(log_plan: Tensor, a: Tensor, b: Tensor, least: float) -> Tensor | None:
-    """What to add to ``f / eps`` and to subtract from ``g / eps``, ``(n + m,)``; None for a plan of one piece, or of none.
+    """What to add to ``f / eps`` and to subtract from ``g / eps``, ``(n + m,)``; None for one piece, or an atom without partner.
 
     ``log_plan`` is ``(n, m)`` for weights ``(n,)`` and ``(m,)``, which may be zero.  Atoms are in one part where more than the
     fraction ``least`` of the smaller one goes between them.
@@ -43,8 +43,8 @@ def joined(log_plan: Tensor, a: Tensor, b: Tensor, least: float) -> Tensor | Non
     part = np.zeros(len(live), dtype=np.int64)
     part[live] = numbered
     masses = [np.bincount(part[side], w, len(names)) for side, w in ((slice(n), left), (slice(n, None), right))]
-    if not (masses[0] * masses[1]).all():
-        return None  # so rough a plan that an atom is by itself
+    if not ((masses[0] > 0) & (masses[1] > 0)).all():
+        return None  # so rough a plan that nothing is settled by it
     excess = masses[0] - masses[1]
     excess[np.abs(excess) <= len(live) * ROUNDING * masses[0]] = 0.0
     flow = _summed(_summed(entries, part[:n], len(names)).T, part[n:], len(names)).T

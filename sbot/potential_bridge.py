@@ -168,18 +168,18 @@ class PotentialBridge(Bridge):
 
         ``max over permutations s of sum_i log P_{i, s(i)}`` among the 16 largest entries of each row, or twice as many until
         they hold a permutation: memory is O(n k).  For n other than m it is the largest entry of each row.  Uses SciPy.
-        Raises `Unsupported` for batches, for marginals without atoms, and where forbidden pairs leave an atom, or no permutation.
+        Raises `Unsupported` for batches, for marginals without atoms, and where forbidden pairs leave an atom of
+        weight without a partner, or no permutation.
         """
         if self.problem.batch_shape:
             raise Unsupported("assignments are made one problem at a time; take them one by one: bridge[k]")
         logit, best = (part[:, 0] for part in self.coupling.top_logits(1))
-        closed = torch.nonzero(logit == -torch.inf)
-        if len(closed):
-            raise Unsupported(
-                f"mu[{int(closed[0])}] has no allowed pair, so no atom of nu is its own; use plan() or top(k)"
-            )
         mu, nu = self.problem.mu, self.problem.nu
         assert isinstance(mu, Discrete) and isinstance(nu, Discrete)
+        closed = torch.nonzero((logit == -torch.inf) & (mu.weights > 0))
+        if len(closed):
+            said = f"mu[{int(closed[0])}] has no allowed pair with an atom that has weight"
+            raise Unsupported(f"{said}, so none of nu is its own; use plan() or top(k)")
         if mu.n != nu.n or len(set(best.tolist())) == len(best):
             return best
         k = min(NEAREST, mu.n)

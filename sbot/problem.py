@@ -92,7 +92,7 @@ class Problem:
         a, b = (m if m.dtype == dtype else m.to(dtype=dtype) for m in (a, b))
         a, b, batch = _side_by_side(a, b, charge)
         if isinstance(charge, MatrixCost) and (charge.values.dtype != dtype or charge.batch_shape != batch):
-            ref = Static(_fitted(charge, batch, dtype=dtype))
+            ref = Static(fitted(charge, batch, dtype=dtype))
         epsilon, leaf = _settle_eps(epsilon, a)
         problem = cls(a, b, epsilon, ref, rho, result, tuple(notes), leaf)
         problem._check_shapes()
@@ -177,7 +177,7 @@ class Problem:
         """The same problem in another dtype or on another device."""
         reference = self.reference
         if isinstance(self.cost, MatrixCost):
-            reference = Static(_fitted(self.cost, self.batch_shape, dtype=dtype, device=device))
+            reference = Static(fitted(self.cost, self.batch_shape, dtype=dtype, device=device))
         eps, leaf = self.eps, self.eps_leaf
         moved = replace(
             self,
@@ -369,7 +369,7 @@ def _side_by_side(mu: Measure, nu: Measure, cost: Cost) -> tuple[Measure, Measur
     return mu, nu, batch
 
 
-def _fitted(
+def fitted(
     cost: MatrixCost,
     batch: tuple[int, ...],
     *,

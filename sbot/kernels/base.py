@@ -215,8 +215,8 @@ class LogKernel(ABC):
         The row masses are ``r_i = weights_i exp(power lse_i)``, with a power for all or ``(*b, 1)``: the number 0 prescribes
         them.  ``weights`` may be a function of the lse of all rows where they are in one tile.  What one pass can know of P is
         returned, and ``keep`` is shown the tiles of K, each gone when the next is made.  Memory is one tile; where there is
-        ``room``, ``(*b, n, m)``, the tiles are made and left there.  Entries of K are raised to ``2^FLOOR``: a column mass of
-        that size says only that the mass is smaller.
+        ``room``, ``(*b, n, m)``, the tiles are made and left there.  Entries of K below ``2^FLOOR`` may be raised to it: a
+        column mass of that size says only that the mass is smaller.
         """
         lse = torch.empty((*self.batch_shape, self.shape[0]), dtype=self.dtype, device=self.device)
         mass = torch.empty_like(lse)

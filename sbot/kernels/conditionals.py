@@ -96,7 +96,7 @@ class Conditionals:
         if self._pieces is not None:
             flat = tile.reshape(-1)
             # counted first: to list all of a full tile takes longer than to copy it; and some before all
-            some = flat[:: len(flat) // SOME | 1]  # odd, so that not all are of one column
+            some = _some(flat)
             full = int((some > CUT).count_nonzero()) * len(flat) > 2 * (self.most - self._kept) * len(some)
             if not full:
                 large = flat > CUT
@@ -185,6 +185,14 @@ class Conditionals:
             part = self.dense[..., start : start + step, :].square()
             out += linalg.product(part.mT, w[..., start : start + step].to(part.dtype))
         return out
+
+
+def _some(entries: Tensor) -> Tensor:
+    """`SOME` of them, spread evenly, and in step with no matrix: multiples of the golden ratio."""
+    if len(entries) <= SOME:
+        return entries
+    place = torch.arange(SOME, dtype=torch.float64, device=entries.device) * ((math.sqrt(5) - 1) / 2) % 1
+    return entries[(place * len(entries)).long()]
 
 
 def same(vector: Tensor) -> Tensor:

@@ -106,11 +106,11 @@ class TiledKernel(LogKernel):
             super().fill(rows, out)
             return
         # one product: no sweep over the tile for what rows and columns add
-        left, right = self._whole_square
+        left, right = self._augmented
         _multiplied(left[..., rows, :], right, out).clamp_(min=0)
 
     @cached_property
-    def _whole_square(self) -> tuple[Tensor, Tensor]:
+    def _augmented(self) -> tuple[Tensor, Tensor]:
         """``(-u, |u|^2 / 2, 1)`` and ``(v, 1, |v|^2 / 2)``, whose products are the cost."""
         assert self._embedded is not None
         u, v = self._embedded

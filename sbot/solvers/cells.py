@@ -34,6 +34,11 @@ class Cells(NamedTuple):
     spread: float
 
 
+def levels(n: int, most: int) -> int:
+    """How often ``n`` atoms are halved into at most ``most`` cells."""
+    return max(0, int(math.log2(max(1, min(most, n)))))
+
+
 def halved(points: Tensor, levels: int) -> Tensor:
     """The cell of each of ``(n, d)`` points, ``(n,)``: ``2^levels`` of equal counts, made by halving the longest side."""
     n, device = len(points), points.device
@@ -80,8 +85,7 @@ def coarsened(problem: Problem, most: int) -> tuple[Problem, Tensor] | None:
         return None
     sides = []
     for measure, embedded in zip((mu, nu), pair, strict=True):
-        levels = int(math.log2(min(most, measure.n)))
-        sides.append(grouped(measure, embedded, levels))
+        sides.append(grouped(measure, embedded, levels(measure.n, most)))
     if sides[0].spread + sides[1].spread > SMOOTH * eps:
         return None
     return replace(problem, mu=sides[0].measure, nu=sides[1].measure, notes=()), sides[1].label

@@ -36,6 +36,8 @@ RANGE = 50.0
 FASTEST = 1.8
 #: Growth of the error over its least, at which accelerated passes start again from there.
 GROWN = 3.0
+#: Passes without a new best after which the correction between cells is given up, as it is where the error has grown so.
+PATIENCE = 8
 #: Marginal error above which the rounding of a model in single precision is not noticed.
 NOTICED = 1e-4
 #: Marginal error below which it would say nothing, where it is not `near`.
@@ -306,7 +308,7 @@ class Exact(Step):
         self.memory = memory
         self._past: list[tuple[Tensor, Tensor]] = []
         self._best: tuple[float, tuple[Tensor, Tensor]] | None = None
-        self._plain = 0
+        self._plain = self._waited = 0
         self._loose: tuple[Tensor, Tensor] | None = None
 
     def advance(self, state: State, most: int, check: Check) -> bool:
@@ -324,6 +326,9 @@ class Exact(Step):
         here = state.g.double() / state.unit
         wanted = state.damp[1] * (state.log_goal() - log_columns) if state.mass is None else state.rise(log_columns)
         rest = torch.where(state.live[1], wanted, 0.0)
+        grown = self._best is not None and error > GROWN * self._best[0]
+        if state.correct is not None and (grown or self._waited >= PATIENCE):
+            state.correct, self._past, self._best, grown = None, [], None, False
         if state.correct is not None and not sunk:
             rest = state.correct(goal - columns, rest)
         else:
@@ -333,9 +338,10 @@ class Exact(Step):
             self._past = []
         self._past = [*self._past, (here, rest)][-1 - self.memory :]
         if self._best is None or error < self._best[0]:
-            self._best = error, (here, rest)
-        elif error > GROWN * self._best[0]:
+            self._best, self._waited = (error, (here, rest)), 0
+        elif grown and not self._plain:
             self._past, self._plain = [self._best[1]], 2 * self.memory
+        self._waited += 1
         step = self._mixed(goal) - here
         if self._loose is not None:
             # nothing above the cap of a partial plan

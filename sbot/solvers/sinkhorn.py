@@ -27,7 +27,7 @@ from ..potential_bridge import PotentialBridge
 from ..potentials import Atoms
 from ..problem import NO_PAIR, Problem, lost_atom
 from .base import Progress, Solver, reporting
-from .cells import Correction, coarsened
+from .cells import Correction, coarsened, levels
 from .halfsteps import TRUST, Exact, HalfSteps, State, Step
 from .newton import Newton
 from .schedule import Schedule
@@ -117,7 +117,18 @@ class Sinkhorn(Solver):
         start = time.perf_counter()
         with torch.no_grad(), reporting(progress, "Sinkhorn") as report:
             coarse = self._coarse(problem) if init is None else None
-            return self._solve(problem, init, coarse, report, start)
+            bridge = self._solve(problem, init, coarse, report, start)
+        said = bridge.report
+        if not said.converged:
+            wider = "" if problem.dtype == torch.float64 else "use float64, "
+            warnings.warn(
+                f"Sinkhorn stopped ({said.reason}) after {said.iterations} iterations at marginal error {said.error:.1e}"
+                f"{_worst(said, problem)} for a tolerance of {said.tolerance:.1e}; raise max_iter or eps, loosen tol, {wider}"
+                "or continue with init=bridge",
+                NotConverged,
+                stacklevel=3,
+            )
+        return bridge
 
     def _solve(
         self,
@@ -151,20 +162,12 @@ class Sinkhorn(Solver):
             tolerance=tolerance,
             history=tuple(history),
             seconds=time.perf_counter() - start,
-            notes=(*goal.notes, *_started(coarse), _account(counts, state)),
+            notes=(*goal.notes, *_started(coarse, state.correct is not None), _account(counts, state)),
             errors=tuple((errors * goal.slack).flatten().tolist()) if problem.batch_shape else (),
             tolerances=tuple((torch.ones_like(errors) * goal.slack * goal.tolerance).flatten().tolist())
             if problem.batch_shape
             else (),
         )
-        if not outcome.converged:
-            warnings.warn(
-                f"Sinkhorn stopped ({reason}) after {outcome.iterations} iterations at marginal error {error:.1e}"
-                f"{_worst(errors)} for a tolerance of {tolerance:.1e}; raise max_iter or eps, loosen tol, use float64, "
-                "or continue with init=bridge",
-                NotConverged,
-                stacklevel=3,
-            )
         return PotentialBridge(problem, phi, psi, outcome)
 
     # ---- the parts -------------------------------------------------------------------------------------------------
@@ -179,22 +182,25 @@ class Sinkhorn(Solver):
         inner = replace(self, memory=self.memory // 2)
         # a model of the plan between cells, of four bytes an entry, in a fourth of the memory
         most = math.isqrt(self.memory) // 4
-        between = max(mu.n, nu.n) // FINE
+        finest = max(mu.n, nu.n) // FINE
+        pairs = 2 ** sum(levels(n, finest) for n in (mu.n, nu.n))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if most > 1 and between >= 4 * most and (found := coarsened(problem, between)) is not None:
-                # streamed as well, but a tenth of the pairs or fewer: a pass here saves one there
+            # streamed as well, but an eighth of the pairs or fewer: a pass here saves one there
+            streamed = most > 1 and self.memory < 4 * pairs and 8 * pairs <= mu.n * nu.n
+            if streamed and (found := coarsened(problem, finest)) is not None:
                 parts, label = found
-                coarse = self._coarse(parts)
-                finer = replace(self, tol=max(self.tol or 0.0, FINER))
+                below = self._coarse(parts)
+                least = math.sqrt(torch.finfo(problem.dtype).eps) if self.tol is None else self.tol
+                finer = replace(self, tol=max(least, FINER))
                 with reporting(None, "Sinkhorn") as report:
-                    near = finer._solve(parts, None, coarse, report, time.perf_counter())
-                slow = None if coarse is None or coarse.correction is None else coarse.correction.under(problem, label)
-                return _Coarse(near, slow, coarse)
+                    near = finer._solve(parts, None, below, report, time.perf_counter())
+                slow = None if below is None or below.correction is None else below.correction.under(problem, label)
+                return _Coarse(near, "cells", slow, below)
             found = coarsened(problem, most)
             if found is None:
                 parts = replace(problem, mu=_thinned(mu), nu=_thinned(nu), notes=())
-                return _Coarse(replace(self, tol=max(self.tol or 0.0, COARSE)).solve(parts), None)
+                return _Coarse(replace(self, tol=max(self.tol or 0.0, COARSE)).solve(parts), "atoms")
             parts, cells = found
             bridge = inner.solve(parts)
             state, stages, _ = inner._prepare(parts, bridge)
@@ -202,7 +208,7 @@ class Sinkhorn(Solver):
         state.settle()
         across = make_kernel(problem.cost, parts.sites[0], problem.sites[1].detach()).T
         whole = state.known and problem.mass is None
-        return _Coarse(bridge, Correction(state, cells, across) if whole else None)
+        return _Coarse(bridge, "cells", Correction(state, cells, across) if whole else None)
 
     def _prepare(self, problem: Problem, init: Bridge | None) -> tuple[State, list[tuple[Eps, float]], _Goal]:
         mu, nu, eps = problem.mu, problem.nu, problem.eps
@@ -275,7 +281,7 @@ class Sinkhorn(Solver):
         else:
             note = f"tolerance raised from {wanted:.1e} to {most:.1e}{where}, about what {name} can reach at this eps"
             if self.tol is not None:
-                warnings.warn(f"{note}; use {double}a larger eps, or tol=None", PrecisionWarning, stacklevel=5)
+                warnings.warn(f"{note}; use {double}a larger eps, or tol=None", PrecisionWarning, stacklevel=6)
         return _Goal(least, float((reach / slack).max()), slack, resolved, (note,))
 
     def _stage(self, state: State, last: bool, watch: _Watch, counts: dict[str, int], doubtful: Problem | None) -> None:
@@ -421,34 +427,37 @@ def _thinned(measure: Discrete) -> Discrete:
 
 
 class _Coarse(NamedTuple):
-    """A solution of a smaller problem, what is known of the slow directions, and what that solution started from."""
+    """A solution between "cells" or some "atoms", what is known of slow directions, and what that solution started from."""
 
     bridge: Bridge
-    correction: Correction | None
+    kind: str
+    correction: Correction | None = None
     below: _Coarse | None = None
 
     @property
     def sizes(self) -> str:
         mu, nu = self.bridge.problem.mu, self.bridge.problem.nu
         assert isinstance(mu, Discrete) and isinstance(nu, Discrete)
-        return f"between {mu.n} and {nu.n}"
+        return f"between {mu.n} and {nu.n} {'cells of atoms' if self.kind == 'cells' else 'of the atoms'}"
 
 
-def _started(coarse: _Coarse | None) -> tuple[str, ...]:
+def _started(coarse: _Coarse | None, corrected: bool) -> tuple[str, ...]:
     if coarse is None:
         return ()
-    what = "of the atoms" if coarse.correction is None and coarse.below is None else "cells of atoms"
-    said, below = f"started from a solution {coarse.sizes} {what}", coarse.below
+    said, below = f"started from a solution {coarse.sizes}", coarse.below
     while below is not None:
         said, below = f"{said}, that from one {below.sizes}", below.below
-    return (said if coarse.correction is None else f"{said}, whose Newton steps correct the passes",)
+    if coarse.correction is None:
+        return (said,)
+    return (f"{said}, whose Newton steps correct the passes{'' if corrected else ' at first'}",)
 
 
-def _worst(errors: Tensor) -> str:
-    """Which problem of a batch has the largest error, as `Bridge` is indexed."""
-    if not errors.ndim:
+def _worst(report: Report, problem: Problem) -> str:
+    """Which problem of a batch is furthest from its tolerance, as `Bridge` is indexed."""
+    if not problem.batch_shape:
         return ""
-    index = tuple(int(k) for k in np.unravel_index(int(errors.argmax()), tuple(errors.shape)))
+    behind = np.array(report.errors) / np.array(report.tolerances)
+    index = tuple(int(k) for k in np.unravel_index(int(behind.argmax()), problem.batch_shape))
     return f" in problem {index[0] if len(index) == 1 else index} of the batch"
 
 

@@ -233,3 +233,27 @@ def test_reduced_precision_products_are_not_used(generator):
         torch.set_float32_matmul_precision(before)
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("case", ["diagonal", "first column"])
+def test_few_entries_are_few_wherever_they_are(case):
+    """Entries that matter on a line which regular steps through memory would follow: the model is sparse all the same."""
+    if case == "diagonal":
+        x = torch.arange(4096.0)[:, None]
+        kernel: LogKernel = TiledKernel(Quadratic(), x, x + 0.1)
+        kernel.tile_bytes, eps = 2**27, 0.01
+    else:
+        generator = torch.Generator().manual_seed(0)
+        c = torch.rand(4100, 255, generator=generator, dtype=torch.float64) * 50 + 50
+        c[:, 0] = 0
+        c[torch.arange(4100), 1 + torch.arange(4100) % 254] = 0
+        kernel, eps = DenseKernel(c), 0.5
+    n, m = kernel.shape
+    model = Conditionals(kernel, 2**30)
+    if not model.sparse_works:
+        pytest.skip("sparse products need MKL")
+    model.open()
+    kernel.conditionals(
+        torch.zeros(m, dtype=kernel.dtype), eps, torch.full((n,), 1 / n, dtype=kernel.dtype), 0, model.keep
+    )
+    assert model.close() and model.sparse

@@ -189,3 +189,28 @@ def test_a_batch_that_leaves_problems_behind_ends_at_the_plain_solutions(options
         want = plain(half_squares(x[k], y[k]), a[k], b[k], float(eps[k]), rho)
         assert float((bridge.plan()[k] - want.plan).abs().sum()) <= 1e-10
         assert float(bridge.cost()[k]) == pytest.approx(want.value, rel=1e-11)
+
+
+def test_a_correction_between_few_cells_is_given_up(generator, monkeypatch):
+    """It throws the potentials far from a good start; what follows has to get there without it."""
+    monkeypatch.setattr(sinkhorn, "COARSEST", 40)
+    generator.manual_seed(3)
+    x = torch.randn(1500, 1, generator=generator, dtype=torch.float64)
+    y = 0.7 * torch.randn(16, 1, generator=generator, dtype=torch.float64) + 1
+    eps = 0.01 * float((x - y.T).square().mean() / 2)
+    bridge = sbot.solve_bridge(x, y, eps, solver=sbot.Sinkhorn(memory=60_000, tol=1e-4, max_iter=60))
+    assert bridge.report.converged
+    assert "correct the passes at first" in bridge.report.notes[1]
+
+
+def test_cells_of_cells_only_where_these_are_streamed(generator, monkeypatch):
+    """Where a problem between small cells fits in memory it has no correction to give: cells as few as give one are better."""
+    monkeypatch.setattr(sinkhorn, "COARSEST", 40)
+    generator.manual_seed(3)
+    x = torch.randn(1500, 2, generator=generator, dtype=torch.float64)
+    y = 0.7 * torch.randn(60, 2, generator=generator, dtype=torch.float64) + 1
+    eps = 0.1 * float(torch.cdist(x, y).square().mean() / 2)
+    bridge = sbot.solve_bridge(x, y, eps, solver=sbot.Sinkhorn(memory=100_000))
+    said = bridge.report.notes[1]
+    assert "cells of atoms, whose Newton steps correct the passes" in said and "that from" not in said
+    assert int(bridge.report.notes[-1].split()[-5]) <= 10

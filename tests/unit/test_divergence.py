@@ -220,6 +220,15 @@ def test_an_atom_that_may_not_stay_is_lost(rho, closed, generator):
     torch.testing.assert_close(value, want, rtol=1e-9, atol=1e-10)
 
 
+def test_a_batch_shares_its_three_matrices(generator):
+    a, b = weights(2, 3, generator=generator), weights(2, 3, generator=generator)
+    c = torch.rand(3, 3, generator=generator, dtype=torch.float64)
+    c = c + c.T
+    both = sbot.sinkhorn_divergence(a, b, 0.3, cost=(c, c, c))
+    each = [sbot.sinkhorn_divergence(a[k], b[k], 0.3, cost=(c, c, c)) for k in range(2)]
+    torch.testing.assert_close(both, torch.stack(each), rtol=1e-9, atol=1e-12)
+
+
 def test_a_flow_ends_at_its_target(generator):
     _, y = clouds(1, 20, 2, generator)
     x = torch.randn(20, 2, generator=generator, dtype=torch.float64).requires_grad_()

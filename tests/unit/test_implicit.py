@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
 
 import sbot
+from sbot import implicit
 
 from ..conftest import clouds, half_squares, weights
 
@@ -185,3 +187,28 @@ def test_only_atoms(generator):
     assert bridge.differentiable().plan().requires_grad
     with pytest.raises(sbot.InvalidProblem, match="unroll"):
         bridge.differentiable(unroll=0)
+
+
+@pytest.mark.parametrize("eps", [0.12, 0.08, 0.06])
+def test_small_gradients_in_single_precision(eps, generator):
+    """Pairs that hardly mix: what is solved for is small beside the terms it is the difference of."""
+    place = torch.arange(6, dtype=torch.float64)
+    x = torch.stack([place, 0.1 * torch.sin(3 * place)], 1)
+    y = x + 0.1 * torch.randn(6, 2, generator=generator.manual_seed(1), dtype=torch.float64)
+    grads = []
+    for dtype, tol in ((torch.float64, 1e-15), (torch.float32, 0.0)):
+        leaf = x.to(dtype).requires_grad_()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            bridge = sbot.solve_bridge(leaf, y.to(dtype), eps, solver=sbot.Sinkhorn(tol=tol)).differentiable()
+        grads.append(torch.autograd.grad(bridge.plan().square().sum(), leaf)[0].double())
+    assert float((grads[0] - grads[1]).norm() / grads[0].norm()) < 5e-3
+
+
+def test_an_unfinished_gradient_is_told(generator, monkeypatch):
+    monkeypatch.setattr(implicit, "MOST", 30)
+    x = torch.arange(300, dtype=torch.float64)[:, None].requires_grad_()
+    y = x.detach() + 0.1 * torch.randn(300, 1, generator=generator, dtype=torch.float64)
+    bridge = sbot.solve_bridge(x, y, 0.1).differentiable()
+    with pytest.warns(sbot.NotConverged, match="is solved to"):
+        torch.autograd.grad(bridge.plan().square().sum(), x)

@@ -135,8 +135,12 @@ def test_no_assignment_for_an_atom_without_pairs(m, generator):
     c[2] = math.inf
     a, b = torch.full((4,), 1 / 4, dtype=torch.float64), torch.full((m,), 1 / m, dtype=torch.float64)
     bridge = sbot.solve_bridge(a, b, 0.1, cost=c, relax=1.0)
-    with pytest.raises(sbot.Unsupported, match=r"mu\[2\] has no allowed pair"):
+    with pytest.raises(sbot.Unsupported, match=r"mu\[2\] has no allowed pair with an atom that has weight"):
         bridge.assignment()
+    if m > 4:  # without weight it is nobody's concern
+        a = torch.tensor([1 / 3, 1 / 3, 0, 1 / 3], dtype=torch.float64)
+        bridge = sbot.solve_bridge(a, b, 0.1, cost=c)
+        assert torch.equal(bridge.assignment()[a > 0], bridge.plan().argmax(1)[a > 0])
 
 
 def test_a_permutation_needs_enough_entries():

@@ -408,3 +408,14 @@ def test_forbidden_pairs(generator):
     leaf = c.clone().requires_grad_()
     (grad,) = torch.autograd.grad(sbot.solve_bridge(uniform, uniform, 0.1, cost=leaf).cost(), leaf)
     assert bool(torch.isfinite(grad).all())
+
+
+def test_warnings_point_at_the_caller(generator):
+    """So that filters by module, and once for each place, work as everywhere."""
+    x, y = clouds(20, 20, 2, generator)
+    with pytest.warns(sbot.NotConverged) as caught:
+        sbot.solve_bridge(x, y, 0.01, solver=sbot.Sinkhorn(max_iter=2))
+    assert [one.filename for one in caught] == [__file__]
+    with pytest.warns(sbot.PrecisionWarning) as caught:
+        sbot.solve_bridge(x.float(), y.float(), 0.5, solver=sbot.Sinkhorn(tol=1e-9))
+    assert {one.filename for one in caught} == {__file__}
