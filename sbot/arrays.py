@@ -49,6 +49,11 @@ def as_tensor(obj: Any, name: str, *, like: Tensor | None = None) -> Tensor:
     return tensor if like is None else tensor.to(like.device)
 
 
+def wider(dtype: torch.dtype, words: str) -> str:
+    """The words of advice to use float64, where that is not what is used."""
+    return "" if dtype == torch.float64 else words
+
+
 def _refuse(obj: Any, name: str) -> None:
     """What looks like an array and is none, by name."""
     kind = type(obj).__name__

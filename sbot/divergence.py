@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from .api import choose_solver
+from .arrays import wider
 from .bridge import narrow
 from .costs import Cosine, Lp, MatrixCost, Quadratic
 from .coupling import DiscreteCoupling, damping
@@ -142,7 +143,7 @@ def _between_atoms(problem: Problem, within: list[Problem], solver: Sinkhorn, pr
     if late:
         warnings.warn(
             f"the Sinkhorn divergence has terms that did not converge: {', '.join(late)}, marginal errors for a tolerance "
-            f"of {report.tolerance:.1e}; raise max_iter or eps, loosen tol, or use float64",
+            f"of {report.tolerance:.1e}; raise max_iter or eps, or loosen tol{wider(problem.dtype, ', or use float64')}",
             NotConverged,
             stacklevel=3,
         )
@@ -208,9 +209,8 @@ def _alone(problem: Problem, solver: Sinkhorn, tolerance: float, show: Callable[
         # both marginals are off by this
         error = 2 * float(((goal * off).sum(-1) / goal.sum(-1).clamp(min=torch.finfo(goal.dtype).tiny)).max())
         if math.isnan(error):
-            raise NumericalError(
-                "a self term of the divergence left the finite numbers; rescale the cost or use float64"
-            )
+            remedy = f"rescale the cost{wider(problem.dtype, ' or use float64')}"
+            raise NumericalError(f"a self term of the divergence left the finite numbers; {remedy}")
         show(Progress(k, largest, error, tolerance))
         waited = 0 if error < 0.9 * best.error else waited + 1
         if error < best.error:

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import linalg
-from .arrays import refuse_vmap
+from .arrays import refuse_vmap, wider
 from .errors import NotConverged
 from .kernels import LogKernel, share_of
 from .linalg import Eps, along
@@ -148,7 +148,7 @@ def _tell(rest: Tensor, first: Tensor, goal: Tensor) -> None:
     left = torch.where(rest > 2 * goal, rest / first, 0.0).max()
     if float(left) > 1e-3:
         warnings.warn(
-            f"the gradient through the plan is solved to {left:.0e} only; raise eps, or use float64",
+            f"the gradient through the plan is solved to {float(left):.0e} only; raise eps{wider(rest.dtype, ' or use float64')}",
             NotConverged,
             stacklevel=3,
         )

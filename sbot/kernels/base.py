@@ -149,7 +149,7 @@ class LogKernel(ABC):
         batch = math.prod(self.batch_shape)
         size = self.tile_bytes or (TILE_BYTES if self.device.type == "cpu" else ACCELERATOR_TILE_BYTES) // self.copies
         least = FEWEST if self.tile_bytes is None and self.copies == batch == 1 else 1
-        step = min(n, max(least, size // (batch * m * self.dtype.itemsize)))
+        step = max(1, min(n, max(least, size // (batch * m * self.dtype.itemsize))))
         for start in range(0, n, step):
             yield slice(start, min(start + step, n))
 

@@ -58,6 +58,7 @@ class Conditionals:
         self._pieces: list[tuple[Tensor, Tensor, Tensor]] | None = None
         self._rows: Tensor | None = None
         self._columns: Tensor | None = None
+        self._arrays: _Arrays | None = None
         self.share = 1.0
 
     def like(self, kernel: LogKernel) -> Conditionals:
@@ -86,7 +87,7 @@ class Conditionals:
 
     def open(self) -> None:
         """Forget what is kept; `keep` may be called for the new tiles."""
-        self._rows = self._columns = None
+        self._rows = self._columns = self._arrays = None
         sparse = self.sparse_works and (self.dense is None or self.pairs > SMALL)
         self._pieces, self._kept = ([] if sparse else None), 0
 
@@ -147,14 +148,19 @@ class Conditionals:
     def products(self) -> tuple[Any, Callable[[Tensor], Any], Callable[[Any], Tensor]]:
         """Whose `times` and `transposed_times` are quickest, with the ways to its vectors and back, which share memory.
 
-        They are those of arrays where the entries are in double precision on the CPU, and so few: an operation on few numbers
-        costs a tensor several times what it costs an array.  Else the model itself.
+        They are those of arrays where few entries are in double precision on the CPU: an operation on few numbers costs a tensor
+        several times what it costs an array.  Else the model itself.
         """
-        if self.dense is None or self.sparse or self.batch_shape or self.device.type != "cpu":
+        if self.batch_shape or self.device.type != "cpu" or torch._C._are_functorch_transforms_active():
             return self, same, same
-        if self.dense.dtype != torch.float64 or torch._C._are_functorch_transforms_active():
-            return self, same, same
-        return _Small(self.dense.numpy()), Tensor.numpy, torch.from_numpy
+        if self._rows is not None and self._columns is not None:
+            if len(self._rows.values()) > 2 * SMALL or max(self.shape) > SMALL // 16:
+                return self, same, same
+            self._arrays = self._arrays or _Arrays(_as_scipy(self._rows), _as_scipy(self._columns))
+        elif self.dense is not None and self.dense.dtype == torch.float64:
+            laws = self.dense.numpy()
+            self._arrays = self._arrays or _Arrays(laws, laws.T)
+        return (self, same, same) if self._arrays is None else (self._arrays, Tensor.numpy, torch.from_numpy)
 
     def times(self, v: Tensor) -> Tensor:
         """``K v``, ``(*b, n)``, in float64."""
@@ -200,14 +206,22 @@ def same(vector: Tensor) -> Tensor:
     return vector
 
 
-class _Small:
-    """The products of `Conditionals` on arrays."""
+class _Arrays:
+    """The products of `Conditionals` on arrays; the matrix and its transpose may be sparse."""
 
-    def __init__(self, laws: Any) -> None:
-        self.laws = laws
+    def __init__(self, laws: Any, transposed: Any) -> None:
+        self.laws, self.transposed = laws, transposed
 
     def times(self, v: Any) -> Any:
         return self.laws @ v
 
     def transposed_times(self, u: Any) -> Any:
-        return u @ self.laws
+        return self.transposed @ u
+
+
+def _as_scipy(rows: Tensor) -> Any:
+    """Sparse rows of torch as those of SciPy, which share memory."""
+    from scipy.sparse import csr_array
+
+    parts = (rows.values().numpy(), rows.col_indices().numpy(), rows.crow_indices().numpy())
+    return csr_array(parts, shape=tuple(rows.shape))

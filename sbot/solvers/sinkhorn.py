@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..arrays import as_count, as_number, in_problem, refuse_forward_mode
+from ..arrays import as_count, as_number, in_problem, refuse_forward_mode, wider
 from ..bridge import Bridge, Report
 from ..costs import Cosine, Lp, MatrixCost
 from ..diffusion import Intractable
@@ -120,11 +120,10 @@ class Sinkhorn(Solver):
             bridge = self._solve(problem, init, coarse, report, start)
         said = bridge.report
         if not said.converged:
-            wider = "" if problem.dtype == torch.float64 else "use float64, "
             warnings.warn(
                 f"Sinkhorn stopped ({said.reason}) after {said.iterations} iterations at marginal error {said.error:.1e}"
-                f"{_worst(said, problem)} for a tolerance of {said.tolerance:.1e}; raise max_iter or eps, loosen tol, {wider}"
-                "or continue with init=bridge",
+                f"{_worst(said, problem)} for a tolerance of {said.tolerance:.1e}; raise max_iter or eps, loosen tol, "
+                f"{wider(problem.dtype, 'use float64, ')}or continue with init=bridge",
                 NotConverged,
                 stacklevel=3,
             )
@@ -218,7 +217,8 @@ class Sinkhorn(Solver):
         a, b = _taking_part(problem, kernel)
         mean, largest = kernel.scale()
         if not bool(torch.isfinite(largest).all()):
-            raise NumericalError("the cost overflows this dtype; rescale the points (and eps) or use float64")
+            remedy = f"rescale the points (and eps){wider(problem.dtype, ' or use float64')}"
+            raise NumericalError(f"the cost overflows this dtype; {remedy}")
         goal = self._goal(problem, largest)
         g = torch.zeros_like(nu.weights)
         if init is not None:
@@ -267,7 +267,7 @@ class Sinkhorn(Solver):
         least = float(aim.min())
         slack: Eps = aim / least if bool((aim > least).any()) else 1.0
         name = str(problem.dtype).removeprefix("torch.")
-        double = "" if problem.dtype == torch.float64 else "float64 or "
+        double = wider(problem.dtype, "float64 or ")
         where = f" (problem {int(reach.argmax())} of the batch)" if problem.batch_shape else ""
         resolved = not bool((reach > aim.clamp(min=HOPELESS)).any())
         if not resolved:
