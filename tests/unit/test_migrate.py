@@ -282,6 +282,15 @@ def test_bad_commands(tmp_path, monkeypatch):
         run(["true"], "both")
 
 
+@pytest.fixture
+def attentive():
+    """SIGINT as at a terminal: what a shell starts in the background ignores it, and so do its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("attentive")
 def test_ctrl_c_is_the_programs_and_there_is_a_report(tmp_path):
     """A terminal sends the signal to both."""
     report = run(
