@@ -23,21 +23,22 @@ def run(job: dict[str, Any], tell: Tell) -> dict[str, Any]:
     small = prepare(make({**job, "n": min(WARM, job["n"])}), job["tol"])
     small.setup(small.first)()
     peaks: list[int] = []
-    solve = _watched(prepare(task, job["tol"]), peaks)
+    solve = _watched(prepare(task, job["tol"]), peaks, before)
     result = measure(task, solve, job["tol"], tell)
-    return {**result, "peak_above_inputs": max(peaks) - before, "inputs": task.x.nbytes + task.y.nbytes}
+    return {**result, "peak_above_inputs": max(peaks), "inputs": task.x.nbytes + task.y.nbytes}
 
 
-def _watched(solve: Solve, peaks: list[int]) -> Solve:
-    """The same, with the peak of memory noted around each call; the judgement of the plan is outside."""
+def _watched(solve: Solve, peaks: list[int], before: int) -> Solve:
+    """The same, with the peak of memory noted: of the first call above ``before``, of others above what judging a plan left."""
 
     def setup(knob: float) -> Callable[[], Any]:
         call = solve.setup(knob)
 
         def watched() -> Any:
+            start = footprint.resident() if peaks else before
             footprint.forget_peak()
             raw = call()
-            peaks.append(footprint.peak())
+            peaks.append(footprint.peak() - start)
             return raw
 
         return watched
