@@ -272,14 +272,13 @@ def _itself(problem: Problem, matrix: Any, k: int) -> Problem:
         charge = MatrixCost(matrix)
         if charge.values.device != problem.device:
             raise InvalidProblem(f"it is on {charge.values.device} and {name} on {problem.device}; move one of them")
-        values = charge.values.to(problem.dtype)
-        whole = replace(
-            problem, mu=end, nu=end, reference=Static(fitted(charge, problem.batch_shape, dtype=problem.dtype))
-        )
+        charge = fitted(charge, problem.batch_shape, dtype=problem.dtype)
+        whole = replace(problem, mu=end, nu=end, reference=Static(charge))
         whole._check_shapes()
         whole._check_feasible()
     except InvalidProblem as fault:
         raise InvalidProblem(f"{what} is wrong: {fault}") from None
+    values = charge.values
     if not _symmetric(values.detach()):
         raise InvalidProblem(f"{what} is not symmetric; pass (C + C.T) / 2 if that is meant")
     even = MatrixCost((values + values.mT) / 2)

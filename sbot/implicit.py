@@ -145,10 +145,10 @@ def solve(
 
 def _tell(rest: Tensor, first: Tensor, goal: Tensor) -> None:
     """A warning where conjugate gradients left more than a thousandth, and more than ``goal``."""
-    left = torch.where(rest > 2 * goal, rest / first, 0.0).max()
-    if float(left) > 1e-3:
+    left = float(torch.where(rest > 2 * goal, rest / first, 0.0).max())
+    if left > 1e-3:
         warnings.warn(
-            f"the gradient through the plan is solved to {float(left):.0e} only; raise eps{wider(rest.dtype, ' or use float64')}",
+            f"the gradient through the plan is solved to {left:.0e} only; raise eps{wider(rest.dtype, ' or use float64')}",
             NotConverged,
             stacklevel=3,
         )

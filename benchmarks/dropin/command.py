@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from .. import report
-from ..speed.command import carry_out, opened, shared
+from ..speed.command import Asked, carry_out, opened, shared
 from ..speed.records import Records
 from ..speed.runner import Limits
 from . import page
@@ -42,32 +42,11 @@ def chosen(only: str) -> list[str]:
 )
 @click.option("--sizes", default="", metavar="N,N", help="Only these n.")
 @shared("call", repeat_below=3.0, threads=1)
-def dropin(
-    only: str,
-    sizes: str,
-    limit_seconds: float,
-    factor: float,
-    repeat_below: float,
-    minutes: float,
-    fresh: bool,
-    seed: int,
-    threads: int,
-    quick: bool,
-    out: Path,
-) -> None:
+def dropin(only: str, sizes: str, asked: Asked) -> None:
     """Every covered call of POT, GeomLoss and TorchCFM on the original and on sbot (about two hours; can be continued)."""
     names = chosen(only)
-    limits = Limits(limit_seconds, factor, repeated=repeat_below)
-    if quick:
-        limits = Limits(min(limit_seconds, 20.0), factor, repeated=0.02)
-    records = opened("dropin", out, quick, [PART] if fresh else [])
-    carry_out(
-        jobs(names, seed, quick, tuple(int(n) for n in sizes.split(",") if n)),
-        records,
-        limits,
-        seed=seed,
-        threads=threads,
-        quick=quick,
-        minutes=minutes,
-        write=lambda: write(records, out, quick),
-    )
+    limits = Limits(asked.limit_seconds, asked.factor, repeated=asked.repeat_below)
+    if asked.quick:
+        limits = Limits(min(asked.limit_seconds, 20.0), asked.factor, repeated=0.02)
+    todo = jobs(names, asked.seed, asked.quick, tuple(int(n) for n in sizes.split(",") if n))
+    carry_out(todo, opened("dropin", asked, [PART]), limits, asked, write)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.metadata
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +55,23 @@ def parts(only: str) -> list[str]:
     return names
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What the options of `shared` say."""
+
+    limit_seconds: float
+    factor: float
+    repeat_below: float
+    minutes: float
+    fresh: bool
+    seed: int
+    threads: int
+    quick: bool
+    out: Path
+
+
 def shared(what: str, repeat_below: float, threads: int) -> Callable[[Any], Any]:
-    """The options of every command that times ``what`` on several sides and can be continued."""
+    """The options of every command that times ``what`` on several sides and can be continued; it gets them as ``asked``."""
     options = (
         click.option(
             "--limit-seconds",
@@ -96,18 +113,22 @@ def shared(what: str, repeat_below: float, threads: int) -> Callable[[Any], Any]
     )
 
     def decorated(command: Any) -> Any:
+        @functools.wraps(command)
+        def called(**given: Any) -> Any:
+            return command(asked=Asked(**{part.name: given.pop(part.name) for part in fields(Asked)}), **given)
+
         for option in reversed(options):
-            command = option(command)
-        return command
+            called = option(called)
+        return called
 
     return decorated
 
 
-def opened(name: str, out: Path, quick: bool, forget: Sequence[str]) -> Records:
-    """The rows of a command in ``out``, without those of the parts to forget; quick numbers never mix with others."""
-    out.mkdir(parents=True, exist_ok=True)
-    records = Records(out / f"{name}{'_quick' if quick else ''}.jsonl")
-    for part in forget:
+def opened(name: str, asked: Asked, parts: Sequence[str]) -> Records:
+    """The rows of a command, without those of ``parts`` where they are to be forgotten; quick numbers never mix with others."""
+    asked.out.mkdir(parents=True, exist_ok=True)
+    records = Records(asked.out / f"{name}{'_quick' if asked.quick else ''}.jsonl")
+    for part in parts if asked.fresh else ():
         records.forget(part)
     return records
 
@@ -116,28 +137,24 @@ def carry_out(
     jobs: list[Any],
     records: Records,
     limits: Limits,
-    *,
-    seed: int,
-    threads: int,
-    quick: bool,
-    minutes: float,
-    write: Callable[[], list[str]],
+    asked: Asked,
+    write: Callable[[Records, Path, bool], list[str]],
     folder: str | None = None,
 ) -> None:
     """Run the jobs that have no row yet, write what ``write`` does, and say what is left."""
-    until = time.monotonic() + 60 * minutes
+    until = time.monotonic() + 60 * asked.minutes
     key = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%dT%H%M%S")
     settings = {
-        "seed": seed,
+        "seed": asked.seed,
         "limit, s": limits.seconds,
         "factor": limits.factor,
         "timed once above, s": limits.repeated,
-        "quick": quick,
+        "quick": asked.quick,
     }
     if any(records.find(job) is None for job in jobs):
-        records.add({"run": key, "environment": environment(threads, settings)})
-    left = run(jobs, records, key, limits, threads, click.echo, until, folder)
-    files = ", ".join([records.path.name, *write()])
+        records.add({"run": key, "environment": environment(asked.threads, settings)})
+    left = run(jobs, records, key, limits, asked.threads, click.echo, until, folder)
+    files = ", ".join([records.path.name, *write(records, asked.out, asked.quick)])
     click.echo(f"{left} of {len(jobs)} jobs are left; wrote {files} to {records.path.parent}")
 
 
@@ -153,37 +170,15 @@ def carry_out(
     help="Folder of the single cells; without it they are left out.",
 )
 @shared("solve", repeat_below=10.0, threads=2)
-def speed(
-    only: str,
-    sizes: str,
-    limit_seconds: float,
-    factor: float,
-    repeat_below: float,
-    minutes: float,
-    fresh: bool,
-    million: bool,
-    float32_rivals: bool,
-    data: Path | None,
-    seed: int,
-    threads: int,
-    quick: bool,
-    out: Path,
-) -> None:
+def speed(only: str, sizes: str, million: bool, float32_rivals: bool, data: Path | None, asked: Asked) -> None:
     """Time and memory of sbot, POT, OTT-JAX, GeomLoss and mdot-tnt to the same accuracy (most of an hour; can be continued)."""
     names = parts(only)
-    options = Options(seed, quick, data, million, float32_rivals, tuple(int(n) for n in sizes.split(",") if n))
-    limits = Limits(limit_seconds, factor, repeated=repeat_below)
-    if quick:
-        limits = Limits(min(limit_seconds, 20.0), factor, 0.5, 0.2)
-    records = opened("speed", out, quick, names if fresh else [])
-    carry_out(
-        [job for name in names for job in PARTS[name](options)],
-        records,
-        limits,
-        seed=seed,
-        threads=threads,
-        quick=quick,
-        minutes=minutes,
-        write=lambda: write(records, out, quick),
-        folder=str(data.resolve()) if data is not None else None,
+    options = Options(
+        asked.seed, asked.quick, data, million, float32_rivals, tuple(int(n) for n in sizes.split(",") if n)
     )
+    limits = Limits(asked.limit_seconds, asked.factor, repeated=asked.repeat_below)
+    if asked.quick:
+        limits = Limits(min(asked.limit_seconds, 20.0), asked.factor, 0.5, 0.2)
+    todo = [job for name in names for job in PARTS[name](options)]
+    folder = str(data.resolve()) if data is not None else None
+    carry_out(todo, opened("speed", asked, names), limits, asked, write, folder)

@@ -21,6 +21,8 @@ SPARSE = 0.05
 SOME = 4096
 #: Entries below which a matrix is so quickly multiplied that no other form is worth making.
 SMALL = 2**16
+#: Entries of a sparse model, and of a vector, up to which products are those of arrays.
+FEW, SHORT = 2**17, 2**12
 #: Bytes of an entry of the sparse form: two values in double precision and two column numbers.
 SPARSE_BYTES = 32
 
@@ -154,7 +156,7 @@ class Conditionals:
         if self.batch_shape or self.device.type != "cpu" or torch._C._are_functorch_transforms_active():
             return self, same, same
         if self._rows is not None and self._columns is not None:
-            if len(self._rows.values()) > 2 * SMALL or max(self.shape) > SMALL // 16:
+            if len(self._rows.values()) > FEW or max(self.shape) > SHORT:
                 return self, same, same
             self._arrays = self._arrays or _Arrays(_as_scipy(self._rows), _as_scipy(self._columns))
         elif self.dense is not None and self.dense.dtype == torch.float64:

@@ -7,7 +7,6 @@ linearisation takes over the directions in which they are slow: a two-grid metho
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -36,7 +35,7 @@ class Cells(NamedTuple):
 
 def levels(n: int, most: int) -> int:
     """How often ``n`` atoms are halved into at most ``most`` cells."""
-    return max(0, int(math.log2(max(1, min(most, n)))))
+    return max(1, min(most, n)).bit_length() - 1
 
 
 def halved(points: Tensor, levels: int) -> Tensor:

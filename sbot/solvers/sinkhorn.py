@@ -195,11 +195,11 @@ class Sinkhorn(Solver):
                 with reporting(None, "Sinkhorn") as report:
                     near = finer._solve(parts, None, below, report, time.perf_counter())
                 slow = None if below is None or below.correction is None else below.correction.under(problem, label)
-                return _Coarse(near, "cells", slow, below)
+                return _Coarse(near, CELLS, slow, below)
             found = coarsened(problem, most)
             if found is None:
                 parts = replace(problem, mu=_thinned(mu), nu=_thinned(nu), notes=())
-                return _Coarse(replace(self, tol=max(self.tol or 0.0, COARSE)).solve(parts), "atoms")
+                return _Coarse(replace(self, tol=max(self.tol or 0.0, COARSE)).solve(parts), SOME)
             parts, cells = found
             bridge = inner.solve(parts)
             state, stages, _ = inner._prepare(parts, bridge)
@@ -207,7 +207,7 @@ class Sinkhorn(Solver):
         state.settle()
         across = make_kernel(problem.cost, parts.sites[0], problem.sites[1].detach()).T
         whole = state.known and problem.mass is None
-        return _Coarse(bridge, "cells", Correction(state, cells, across) if whole else None)
+        return _Coarse(bridge, CELLS, Correction(state, cells, across) if whole else None)
 
     def _prepare(self, problem: Problem, init: Bridge | None) -> tuple[State, list[tuple[Eps, float]], _Goal]:
         mu, nu, eps = problem.mu, problem.nu, problem.eps
@@ -426,11 +426,14 @@ def _thinned(measure: Discrete) -> Discrete:
     return Discrete(measure.points.detach()[picked], share.to(measure.weights))
 
 
+CELLS, SOME = "cells of atoms", "of the atoms"
+
+
 class _Coarse(NamedTuple):
-    """A solution between "cells" or some "atoms", what is known of slow directions, and what that solution started from."""
+    """A solution of a smaller problem, between what, what is known of slow directions, and what that solution started from."""
 
     bridge: Bridge
-    kind: str
+    what: str
     correction: Correction | None = None
     below: _Coarse | None = None
 
@@ -438,7 +441,7 @@ class _Coarse(NamedTuple):
     def sizes(self) -> str:
         mu, nu = self.bridge.problem.mu, self.bridge.problem.nu
         assert isinstance(mu, Discrete) and isinstance(nu, Discrete)
-        return f"between {mu.n} and {nu.n} {'cells of atoms' if self.kind == 'cells' else 'of the atoms'}"
+        return f"between {mu.n} and {nu.n} {self.what}"
 
 
 def _started(coarse: _Coarse | None, corrected: bool) -> tuple[str, ...]:

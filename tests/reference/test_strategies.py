@@ -81,7 +81,11 @@ CASES = {
         set=FEW_HALF_STEPS, notes=("Newton steps",), seen=("conjugate gradients",), unseen=("factorised",), rel=0.02, most=30
     ),
     "Newton on a sparse model": Case(
-        set=FEW_HALF_STEPS | SPARSE, notes=("Newton steps",), seen=("conjugate gradients", "sparse"), rel=0.01, most=30
+        set=FEW_HALF_STEPS | SPARSE, notes=("Newton steps",), seen=("conjugate gradients", "sparse", "arrays"), rel=0.01, most=30
+    ),
+    "Newton on a sparse model of tensors": Case(
+        set=FEW_HALF_STEPS | SPARSE | {"conditionals.FEW": 0}, notes=("Newton steps",), unseen=("arrays",),
+        seen=("conjugate gradients", "sparse"), rel=0.01, most=30,
     ),
     "Newton on a single model": Case(
         set=FEW_HALF_STEPS | SINGLE, notes=("Newton steps",), seen=("conjugate gradients", "dense float32"), rel=0.02, most=30
@@ -127,6 +131,7 @@ def seen(monkeypatch):
         return "nothing" if not known else "sparse" if self.sparse else f"dense {str(self.dense.dtype)[6:]}"
 
     spy(Conditionals, "close", model)
+    spy(Conditionals, "products", lambda found, self: "arrays" if self.sparse and found[0] is not self else "tensors")
     spy(halfsteps, "_relaxed", lambda _, *given: "plain" if given[-1] is None else "over-relaxed")
     spy(Exact, "_mixed", lambda _, self, goal: "Anderson" if len(self._past) > 1 else "plain pass")
     spy(Newton, "direction", lambda *_: "conjugate gradients")
