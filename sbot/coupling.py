@@ -19,7 +19,7 @@ from .bounds import Bounds, lower_bound
 from .costs import MatrixCost
 from .errors import InvalidProblem, Unsupported
 from .gaussian import GaussianPlan, couple
-from .kernels import COPIES, DenseKernel, LogKernel, make_kernel, require_memory, weigh
+from .kernels import COPIES, LN2, DenseKernel, LogKernel, make_kernel, require_memory, weigh
 from .linalg import Eps, along
 from .measures import Discrete, Gaussian, Measure, categorical
 from .metrics import Estimate
@@ -241,9 +241,10 @@ class DiscreteCoupling(Coupling):
         size = math.prod((*kernel.batch_shape, *kernel.shape)) * kernel.dtype.itemsize
         require_memory(size, kernel.device, f"a dense plan of shape {kernel.shape}", "ask for plan(rows=...) in parts")
         out = torch.empty((*kernel.batch_shape, *kernel.shape), dtype=kernel.dtype, device=kernel.device)
+        left, right, unit = left / LN2, right / LN2, self.eps * LN2  # exp2 takes half as long as exp
         for tile in kernel.tiles():
-            part = weigh(kernel.entries(tile), right, self.eps, out[..., tile, :])
-            part.add_(left[..., tile, None]).exp_()
+            part = weigh(kernel.entries(tile), right, unit, out[..., tile, :])
+            part.add_(left[..., tile, None]).exp2_()
         return out
 
     @property

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import linalg
 from ..arrays import refuse_forward_mode
 from ..costs import Cost, MatrixCost
-from .base import COPIES, FLOOR, TILE_BYTES, LogKernel, Pass, share_of, weigh
+from .base import COPIES, FLOOR, LN2, TILE_BYTES, LogKernel, Pass, share_of, weigh
 from .conditionals import Conditionals, same
 from .dense import DenseKernel
 from .memory import require_memory
@@ -19,6 +19,7 @@ from .tiled import TiledKernel
 __all__ = [
     "COPIES",
     "FLOOR",
+    "LN2",
     "TILE_BYTES",
     "Conditionals",
     "DenseKernel",

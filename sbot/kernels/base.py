@@ -63,8 +63,8 @@ class LogKernel(ABC):
     by_rows = True
     #: the tile of `conditionals`, kept from one pass to the next: fresh memory costs more than small problems
     _scratch: Tensor | None = None
-    #: how far apart any two entries are at most, where `scale` has looked at them
-    _range = math.inf
+    #: how far apart any two entries are at most, and how large the largest is, where `scale` has looked at them
+    _range = _largest = math.inf
 
     def _tiled_as(self, other: LogKernel) -> None:
         """Make no larger tiles than ``other``."""
@@ -120,7 +120,7 @@ class LogKernel(ABC):
                 total += c.sum((-2, -1), dtype=torch.float64)
                 known = plain and not self.batch_shape
                 top = torch.maximum(top, top.new_tensor(high) if known else c.amax((-2, -1)).double())
-        self._range = most - least
+        self._range, self._largest = most - least, max(most, -least)
         return total / count, top
 
     def column(self, bias: Tensor, eps: Eps) -> Tensor:
@@ -199,6 +199,14 @@ class LogKernel(ABC):
         least = float(eps.min()) if isinstance(eps, Tensor) else eps
         return (high - low + self._range / least) / LN2
 
+    def _flat(self, bias: Tensor, eps: Eps) -> bool:
+        """Whether no logit is so large, of either sign, that exponentials of them need their largest taken away first."""
+        if not math.isfinite(self._largest):
+            return False
+        level = float(torch.where(bias == -torch.inf, 0.0, bias).abs().max())
+        least = float(eps.min()) if isinstance(eps, Tensor) else eps
+        return (level + self._largest / least) / LN2 <= -FLOOR[self.dtype] / 2
+
     @property
     def whole(self) -> bool:
         """Whether all rows are in one tile."""
@@ -229,7 +237,7 @@ class LogKernel(ABC):
         unit = eps * LN2
         column, offset = self.column(bias / LN2, unit), self.offset(unit)
         floor = FLOOR[self.dtype]
-        deep = self._depth(bias, eps) > -floor
+        flat, deep = self._flat(bias, eps), self._depth(bias, eps) > -floor
         given = not isinstance(power, Tensor) and power == 0
         with torch.no_grad(), linalg.full_precision():
             for rows in self.tiles():
@@ -238,11 +246,15 @@ class LogKernel(ABC):
                     self._scratch = self.buffer(size)
                 out = room[..., rows, :] if room is not None else self._scratch[..., :size, :]  # type: ignore[index]
                 z = self.logits(rows, column, unit, out)
-                top = z.amax(-1, keepdim=True)
-                top = top.masked_fill_(top == -torch.inf, 0)  # an empty row: 2^-inf = 0, not NaN
-                z = z.sub_(top)
-                total = (z.clamp_(min=floor) if deep else z).exp2_().sum(-1)
-                level = top.squeeze(-1) + total.log2()
+                if flat:  # two sweeps over the tile less
+                    total = z.exp2_().sum(-1)
+                    level = total.log2()
+                else:
+                    top = z.amax(-1, keepdim=True)
+                    top = top.masked_fill_(top == -torch.inf, 0)  # an empty row: 2^-inf = 0, not NaN
+                    z = z.sub_(top)
+                    total = (z.clamp_(min=floor) if deep else z).exp2_().sum(-1)
+                    level = top.squeeze(-1) + total.log2()
                 level = (level if offset is None else level + offset[..., rows]) * LN2
                 if isinstance(weights, Tensor):
                     share = weights[..., rows] if given else weights[..., rows] * torch.exp(power * level)

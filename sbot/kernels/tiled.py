@@ -137,7 +137,7 @@ class TiledKernel(LogKernel):
             square_u, square_v = u.square().sum(-1), v.square().sum(-1)
             mean = (square_u.mean(-1) + square_v.mean(-1)) / 2 - (u.mean(-2) * v.mean(-2)).sum(-1)
             largest = (square_u.amax(-1).sqrt() + square_v.amax(-1).sqrt()).square() / 2
-            self._range = float(largest.max())
+            self._range = self._largest = float(largest.max())
             return mean, largest
         return super().scale()
 

@@ -118,20 +118,42 @@ def test_scale(cost, generator):
 @pytest.mark.parametrize("cost", COSTS, ids=repr)
 @pytest.mark.parametrize("power", [0.0, 0.3])
 @pytest.mark.parametrize("batch", [(), (2,)], ids=str)
-def test_one_pass_is_the_plan_written_out(cost, power, batch, generator):
+@pytest.mark.parametrize("eps", [0.3, 1e-3])
+def test_one_pass_is_the_plan_written_out(cost, power, batch, eps, generator):
     x, y = clouds(11, 12, 3, generator, batch)
     a = torch.rand(*batch, 11, generator=generator, dtype=torch.float64)
     bias = torch.randn(*batch, 12, generator=generator, dtype=torch.float64)
     a[..., 3], bias[..., 5] = 0, -torch.inf
-    logits = bias[..., None, :] - cost.matrix(x, y) / 0.3
+    logits = bias[..., None, :] - cost.matrix(x, y) / eps
     lse = logits.logsumexp(-1)
     rows = a * torch.exp(power * lse)
     law = logits.softmax(-1)
     for name, kernel in backends(cost, x, y).items():
-        kept = torch.zeros_like(law)
-        seen = kernel.conditionals(bias, 0.3, a, power, keeper(kept))
-        for got, want in zip((*seen, kept), (lse, rows, (rows[..., None] * law).sum(-2), law), strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14, msg=name)
+        for scaled in (False, True):
+            if scaled:
+                kernel.scale()
+                assert kernel._flat(bias, eps) == (eps == 0.3), name
+            kept = torch.zeros_like(law)
+            seen = kernel.conditionals(bias, eps, a, power, keeper(kept))
+            for got, want in zip((*seen, kept), (lse, rows, (rows[..., None] * law).sum(-2), law), strict=True):
+                torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-14, msg=name)
+
+
+@pytest.mark.parametrize("level", [-700.0, 700.0])
+@pytest.mark.parametrize("where", ["bias", "cost", "both"])
+def test_logits_that_are_close_and_far_from_zero(level, where, dtype, generator):
+    """Nothing overflows where all entries of a pass are alike and large, of either sign."""
+    c = torch.rand(11, 12, generator=generator, dtype=torch.float64)
+    bias = torch.rand(12, generator=generator, dtype=torch.float64)
+    bias = bias + (level if where != "cost" else 0)
+    c = c - (level if where != "bias" else 0)
+    kernel = DenseKernel(c.to(dtype))
+    kernel.scale()
+    want = (bias - c).logsumexp(-1)
+    seen = kernel.conditionals(bias.to(dtype), 1.0, torch.ones(11, dtype=dtype), 0)
+    torch.testing.assert_close(seen.lse.double(), want, rtol=1e-12 if dtype == torch.float64 else 1e-6, atol=0)
+    columns = (bias - c).softmax(-1).sum(0)
+    torch.testing.assert_close(seen.columns, columns, rtol=1e-11 if dtype == torch.float64 else 1e-3, atol=0)
 
 
 def test_the_size_of_tiles_is_kept(generator):
