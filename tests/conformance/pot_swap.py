@@ -33,6 +33,10 @@ CLOSE = 1e-8
 SMALL = 1e-3
 #: What a call is repeated with where the two differ: POT has often stopped early.
 TIGHT = {"stopThr": 1e-15, "tol": 1e-15, "numItermax": 5_000, "max_iter": 5_000, "numIterMax": 5_000}
+#: Iterations of partial plans: POT's are cheap, and slow to converge where most entries underflow.
+MANY = 100_000
+#: Costs above it join no classes.
+FORBIDDEN = 1e300
 #: Log entries that are compared, beside plans and values.
 LOGS = (("log_u", "log_v"), ("logu", "logv"))
 
@@ -133,6 +137,8 @@ class Swap:
         bound = inspect.signature(theirs).bind(*args, **kwargs)
         known = inspect.signature(theirs).parameters
         tight = {key: value for key, value in TIGHT.items() if key in known}
+        if name.startswith("partial."):
+            tight["numItermax"] = MANY
         if "max_inner_iter" in known:  # there max_iter counts problems, not iterations
             tight["max_inner_iter"] = tight.pop("max_iter")
         bound.arguments.update(tight)
@@ -237,8 +243,13 @@ def fitted(kind: Any, fit: Any) -> Any:
 
 
 def fitted_parts(made: Any) -> Any:
-    """The plan of a transport and where it takes its samples, as the parts of a result."""
-    return SimpleNamespace(value=made.transform(Xs=made.xs_), value_linear=None, plan=made.coupling_)
+    """The plan of a transport and where it takes its samples, as the parts of a result.
+
+    Labels that part a plan leave a constant between the classes free, and a continuous map depends on it: there only the plan.
+    """
+    parted = float(made.cost_.max()) > FORBIDDEN and getattr(made, "out_of_sample_map", "") == "continuous"
+    moved = None if parted else made.transform(Xs=made.xs_)
+    return SimpleNamespace(value=moved, value_linear=None, plan=made.coupling_)
 
 
 def _plain(value: Any) -> np.ndarray[Any, Any]:

@@ -12,6 +12,8 @@ Array = np.ndarray[Any, Any]
 SOLVED = 1e-9
 #: How much worse the other one has to be.
 APART = 10.0
+#: Entries below it are rounded to few digits, or to none: they say nothing about scalings.
+COARSE = 1e-290
 
 
 def verdict(name: str, given: dict[str, Any], mine: Any, theirs: Any, complained: list[str]) -> str:
@@ -64,6 +66,10 @@ def violation(name: str, given: dict[str, Any], plan: Array | None) -> float | N
         import ot
 
         M = ot.dist(numbers["X_s"], numbers["X_t"], metric=given.get("metric", "sqeuclidean"))
+    if M is None and name == "batch.solve_sample_batch":
+        import ot.batch
+
+        M = ot.batch.dist_batch(numbers["X_a"], numbers["X_b"], metric=given.get("metric", "sqeuclidean"))
     if M is None or reg is None or M.shape != plan.shape:
         return None
     a, b = (_weights(numbers.get(side), plan, axis) for side, axis in (("a", -2), ("b", -1)))
@@ -98,7 +104,7 @@ def _weights(given: Any, plan: Array, axis: int) -> Array:
 
 def _scalings(plan: Array, log_k: Array) -> tuple[Array, Array, float]:
     """``u`` and ``v`` with ``log P - log K = u_i + v_j``, and how far that is from true, weighed by the plan."""
-    live = plan > 0
+    live = plan > COARSE
     log = np.where(live, np.log(np.where(live, plan, 1.0)) - log_k, 0.0)
     if live.all():
         u = log.mean(-1)
