@@ -27,6 +27,7 @@ from .partial import ceiling, masses, support
 from .potentials import Atoms, Potential
 from .problem import Problem
 from .reference import LinearReference
+from .relaxed import damping, dual_term, target_weights
 from .rounding import ATOMS_ONLY, FeasiblePlan, SparsePlan, feasible
 
 
@@ -173,20 +174,23 @@ class DiscreteCoupling(Coupling):
     def dual_values(self) -> tuple[Tensor, Tensor]:
         """``f`` and ``g`` at the atoms; atoms of zero weight take the value of the c-transform, and padding 0."""
         kernel, unit, tops = self._kernel(), along(self.eps, 1), self.ceilings
+        weights = self._mu.weights.detach(), self._nu.weights.detach()
+        live = weights[0] > 0, weights[1] > 0
         out = []
-        for side, (weights, here, there, damp) in enumerate(
-            zip((self._mu.weights, self._nu.weights), self._logs, self._logs[::-1], self.damp, strict=True)
-        ):
-            live = weights.detach() > 0
-            f = unit * (here - weights.detach().log())
+        for side, (w, log, damp) in enumerate(zip(weights, self._logs, self.damp, strict=True)):
+            f = unit * (log - w.log())
             # an atom that forbidden pairs leave where it is
-            f = torch.where(live & (here == -torch.inf), torch.inf if tops is None else tops[side], f)
-            if not bool(live.all()):
-                transform = (kernel if side == 0 else kernel.T).reduce(there, self.eps)[0]
-                other = -damp * unit * transform
+            f = torch.where(live[side] & (log == -torch.inf), torch.inf if tops is None else tops[side], f)
+            if not bool(live[side].all()):
+                there = self._logs[1 - side]
+                if tops is not None:
+                    # what stays there could go to an atom that has no weight here
+                    log_cap = weights[1 - side].log() + tops[1 - side] / unit
+                    there = torch.where(live[1 - side] & (there == -torch.inf), log_cap, there)
+                other = -damp * unit * (kernel if side == 0 else kernel.T).reduce(there, self.eps)[0]
                 if tops is not None:
                     other = torch.minimum(other, tops[side])
-                f = torch.where(live, f, other)
+                f = torch.where(live[side], f, other)
             out.append(f)
         return self._mu.blank(out[0]), self._nu.blank(out[1])
 
@@ -264,8 +268,7 @@ class DiscreteCoupling(Coupling):
         if rho == (math.inf, math.inf):
             return self._mu.weights.detach(), self._nu.weights.detach()
         sides = zip((self._mu, self._nu), self.dual_values(), rho, strict=True)
-        # a hard marginal is its weights, also where a potential is infinite
-        a, b = (m.weights.detach() * (1.0 if math.isinf(r) else torch.exp(-p / r)) for m, p, r in sides)
+        a, b = (target_weights(m.weights.detach(), p, r) for m, p, r in sides)
         return a, b
 
     @torch.no_grad()
@@ -305,12 +308,14 @@ class DiscreteCoupling(Coupling):
         if (s := self.problem.mass) is not None:
             terms = support(f, a, s) + support(g, b, s)
         else:
-            terms = (a * dual_term(f, self.problem.relax[0])).sum(-1)
-            terms = terms + (b * dual_term(g, self.problem.relax[1])).sum(-1)
-        # an atom that forbidden pairs leave where it is has an infinite potential, and no mass in the plan
-        f, g = (torch.where(torch.isfinite(part), part, 0.0) for part in (f, g))
-        real = self._mu.mask[..., :, None] & self._nu.mask[..., None, :]
-        exponent = torch.where(real, (f[..., :, None] + g[..., None, :] - c) / along(eps, 2), -torch.inf)
+            sides = zip((a, b), (f, g), self.problem.relax, strict=True)
+            left, right = (w * dual_term(torch.where(w > 0, part, 0.0), rho) for w, part, rho in sides)
+            terms = left.sum(-1) + right.sum(-1)
+        # not in the plan: atoms of zero weight, and those that forbidden pairs leave where they are, of infinite potential
+        live = [torch.isfinite(part) & (w.detach() > 0) for w, part in ((a, f), (b, g))]
+        f, g = (torch.where(known, part, 0.0) for known, part in zip(live, (f, g), strict=True))
+        pairs = live[0][..., :, None] & live[1][..., None, :]
+        exponent = torch.where(pairs, (f[..., :, None] + g[..., None, :] - c) / along(eps, 2), -torch.inf)
         mass = (a[..., :, None] * b[..., None, :] * torch.exp(exponent)).sum((-2, -1))
         whole = a.sum(-1) * b.sum(-1)
         return terms - eps * (mass - whole)
@@ -322,34 +327,63 @@ class DiscreteCoupling(Coupling):
 
     def envelope(self, f: Tensor, g: Tensor, eps: Eps, a: Tensor, b: Tensor, *leaves: Tensor) -> Tensor:
         """The dual objective at constants f and g, with streamed derivatives in the rest."""
-        rho_a, rho_b = self.problem.relax
-        f, g = f.detach(), g.detach()
-        term_a, term_b = dual_term(f, rho_a), dual_term(g, rho_b)
-        # the potential of an atom that no pair reaches is infinite: a penalty where its marginal is relaxed, else it weighs 0
-        term_a, term_b = (torch.where(torch.isfinite(term), term, 0.0) for term in (term_a, term_b))
-        f, g = (torch.where(torch.isfinite(part), part, 0.0) for part in (f, g))
+        f, g, tops = f.detach(), g.detach(), self.ceilings
+        if tops is None:
+            term_a, term_b = (dual_term(p, rho) for p, rho in zip((f, g), self.problem.relax, strict=True))
+        else:
+            # see `partial`: <a, f - max f> + s max f
+            term_a, term_b = f - tops[0], g - tops[1]
         kernel = make_kernel(self.problem.cost, *(site.detach() for site in self.problem.sites)).on(leaves)
         held, unit = linalg.plain(eps), along(eps, 1)
         lse = kernel.reduce(_log_weights(b.detach(), g, unit), eps)[0]
-        # row sums of P over a; none at padding, whose potential is no c-transform
-        density = torch.exp(torch.where(self._mu.mask, f / unit + lse, -torch.inf))
+        # row sums of P over a; none where there is no weight, as the potential is no dual variable there
+        density = torch.exp(torch.where((a.detach() > 0) & torch.isfinite(f), f / unit + lse, -torch.inf))
         mass_a, mass_b = a.detach().sum(-1, keepdim=True), b.detach().sum(-1, keepdim=True)
-        tops = self.ceilings
-        if tops is not None:
-            # see `partial`: <a, f - max f> + s max f
-            term_a, term_b = f - tops[0], g - tops[1]
-        slope_a = term_a + along(held, 1) * (mass_b - density.detach())
-        total = (a.detach() * (term_a + unit * (mass_b - density))).sum(-1) + (b.detach() * term_b).sum(-1)
+        total = _weighed(a, term_a + unit * (mass_b - density)) + _weighed(b, term_b)
         if tops is not None and self.problem.mass is not None:
             total = total + self.problem.mass.to(f) * (tops[0] + tops[1])[..., 0]
+        plain = [leaf.detach() for leaf in leaves]
         if torch.is_grad_enabled() and a.requires_grad:
-            total = total + ((a - a.detach()) * self._mu.blank(slope_a)).sum(-1)
+            slope = _finite(term_a) + along(held, 1) * (mass_b - self._density(f, lse.detach()))
+            total = total + ((a - a.detach()) * self._slope(0, slope, a, b, g, kernel.on(plain))).sum(-1)
         if torch.is_grad_enabled() and b.requires_grad:
-            held_kernel = kernel.on([leaf.detach() for leaf in leaves])
-            back = held_kernel.T.reduce(_log_weights(a.detach(), f, along(held, 1)), held)[0]
-            slope_b = term_b + along(held, 1) * (mass_a - torch.exp(g / along(held, 1) + back))
-            total = total + ((b - b.detach()) * self._nu.blank(slope_b)).sum(-1)
+            turned = kernel.on(plain).T
+            back = turned.reduce(_log_weights(a.detach(), f, along(held, 1)), held)[0]
+            slope = _finite(term_b) + along(held, 1) * (mass_a - self._density(g, back))
+            total = total + ((b - b.detach()) * self._slope(1, slope, b, a, f, turned)).sum(-1)
         return total
+
+    def _density(self, potential: Tensor, lse: Tensor) -> Tensor:
+        """Sums of P over the weights, also where these are zero."""
+        return torch.exp(torch.where(torch.isfinite(potential), potential, 0.0) / along(self.eps, 1) + lse)
+
+    def _slope(
+        self, side: int, slope: Tensor, w: Tensor, other: Tensor, potential: Tensor, kernel: LogKernel
+    ) -> Tensor:
+        """``slope``, the derivative in the weights of one side, checked where these are zero; the rest is the other side's.
+
+        It is infinite at an atom that alone reaches one which stays where it is: with any weight it would take it along.  An
+        atom that no pair joins to the rest may not have weight where its marginal is hard; its part of the dual is left out.
+        """
+        measure = (self._mu, self._nu)[side]
+        empty = measure.mask & (w.detach() == 0)
+        if not bool(empty.any()):
+            return measure.blank(slope)
+        stays = (other.detach() > 0) & (potential == torch.inf)
+        if bool(stays.any()):
+            reached = (
+                kernel.reduce(torch.zeros_like(potential).masked_fill(~stays, -torch.inf), self.eps)[0] > -torch.inf
+            )
+            slope = torch.where(empty & reached, -torch.inf, slope)
+        wrong = (measure.mask & ~torch.isfinite(slope)).nonzero()
+        if len(wrong):
+            *batch, atom = wrong[0].tolist()
+            where = f" of problem {batch[0] if len(batch) == 1 else tuple(batch)}" if batch else ""
+            raise InvalidProblem(
+                f"{('mu', 'nu')[side]} has zero weight at atom {atom}{where}, and the derivative of the cost in it is infinite; "
+                "drop this atom, or give it weight"
+            )
+        return measure.blank(slope)
 
     def _tiles(self, left: Tensor, right: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Rows, their log-plan for the given log-weights, and their costs; in float64."""
@@ -379,7 +413,7 @@ class DiscreteCoupling(Coupling):
 
         This is the objective of P' minus the dual, term by term non-negative.  P' is the rounding of Altschuler, Weed and
         Rigollet (2017): rows and columns scaled down to their marginals, then a rank-one correction; it is infinite
-        where that correction has to use a forbidden pair.
+        where no correction was found on the allowed pairs.
         """
         eps, (rho_a, rho_b) = self.eps, self.problem.relax
         rounded = self.round()
@@ -396,13 +430,13 @@ class DiscreteCoupling(Coupling):
         for rho, sums, target in sides:
             if not math.isinf(rho):
                 excess += rho * divergence(sums, target.double())
-        scale_l, scale_r, rest_a, rest_b = rounded.left, rounded.right, rounded.rest_mu, rounded.rest_nu
-        shift = scale_l - left, scale_r - right
-        for rows, log_p, _ in self._tiles(left, right):
+        shift = rounded.left - left, rounded.right - right
+        for rows, log_p, c in self._tiles(left, right):
             move = shift[0][..., rows, None].nan_to_num() + shift[1][..., None, :].nan_to_num()
-            p = log_p.exp()
-            new = p * move.exp() + rest_a[..., rows, None] * rest_b[..., None, :]
-            change = torch.where(rest_a[..., rows, None] * rest_b[..., None, :] > 0, new.log() - log_p, move)
+            p, added = log_p.exp(), rounded.added(rows, c)
+            kept = p if rounded.parts is None else p.masked_fill(rounded.apart(rows), 0)
+            new = kept * move.exp() + added
+            change = torch.where(added > 0, new.log() - log_p, move)
             term = torch.where(new > 0, new * change, 0.0) - new + p
             excess += eps * term.sum((-2, -1))
         # where the plan overflows nothing is known
@@ -416,7 +450,7 @@ class DiscreteCoupling(Coupling):
         left, right = (log.double() for log in self._logs)
         hard = math.isinf(self.problem.relax[0]), math.isinf(self.problem.relax[1])
         a, b = (w.double() for w in self.target_marginals())
-        return feasible(self._kernel(), left, right, self.eps, (a, b), hard)
+        return feasible(self._kernel(), left, right, self.eps, (a, b), hard, self.problem.may_forbid)
 
     @torch.no_grad()
     def bounds(self) -> Bounds:
@@ -565,9 +599,21 @@ class _Column:
 
 
 def _log_weights(weights: Tensor, potential: Tensor, eps: Eps) -> Tensor:
-    """``log w + f / eps`` for an eps along the potential; the logarithm of zero is kept out of the graph."""
-    live = weights > 0
-    return torch.where(live, torch.where(live, weights, 1.0).log() + potential / eps, -torch.inf)
+    """``log w + f / eps`` for an eps along the potential; without weight or finite potential, nothing is in the graph."""
+    live = (weights > 0) & torch.isfinite(potential)
+    return torch.where(
+        live, torch.where(live, weights, 1.0).log() + torch.where(live, potential, 0.0) / eps, -torch.inf
+    )
+
+
+def _weighed(weights: Tensor, term: Tensor) -> Tensor:
+    """``<w, term>`` with constant weights, over the atoms that have weight and a term."""
+    return (weights.detach() * torch.where(weights.detach() > 0, _finite(term), 0.0)).sum(-1)
+
+
+def _finite(term: Tensor) -> Tensor:
+    """Without what is infinite."""
+    return torch.where(torch.isfinite(term), term, 0.0)
 
 
 class _Value(torch.autograd.Function):
@@ -619,16 +665,6 @@ class _Value(torch.autograd.Function):
 def divergence(p: Tensor, q: Tensor) -> Tensor:
     """``KL(p | q) = sum p log(p / q) - p + q`` over the last dimension."""
     return (torch.special.xlogy(p, p) - torch.special.xlogy(p, q) - p + q).sum(-1)
-
-
-def damping(rho: float, eps: Eps) -> Eps:
-    """``rho / (rho + eps)``: what a relaxed marginal does to a half-step; the number 1 for a hard one."""
-    return 1.0 if math.isinf(rho) else rho / (rho + eps)
-
-
-def dual_term(f: Tensor, rho: float) -> Tensor:
-    """What a potential contributes to the dual: ``f``, or ``rho (1 - e^{-f / rho})`` where the marginal is relaxed."""
-    return f if math.isinf(rho) else -rho * torch.expm1(-f / rho)
 
 
 @final

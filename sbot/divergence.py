@@ -30,7 +30,7 @@ from .api import choose_solver
 from .arrays import wider
 from .bridge import narrow
 from .costs import Cosine, Lp, MatrixCost, Quadratic
-from .coupling import DiscreteCoupling, damping
+from .coupling import DiscreteCoupling
 from .errors import InvalidProblem, NotConverged, NumericalError, Unsupported
 from .kernels import make_kernel
 from .linalg import Eps, along, full_precision
@@ -40,6 +40,7 @@ from .potentials import Atoms
 from .problem import Problem, fitted
 from .progress import Progress, reporting
 from .reference import Reference, Static
+from .relaxed import damping, target_weights
 from .solvers import ClosedForm, Sinkhorn, Solver
 from .solvers.sinkhorn import REACH
 
@@ -49,6 +50,8 @@ from .solvers.sinkhorn import REACH
 SHARES = (1 / 2, 2 / 3, 1.0)
 #: Passes after which, and passes without gain after which, a self term is solved like any other problem.
 MOST, PATIENCE = 100, 6
+#: Rounding of a value in float64, relative to its terms.
+ROUNDING = 128 * torch.finfo(torch.float64).eps
 #: Points of each side that a cost is tried on.
 PROBES = 32
 
@@ -168,6 +171,9 @@ def _between_atoms(problem: Problem, within: list[Problem], solver: Sinkhorn, pr
         # the potentials of the self terms are a start that is never below zero
         start = dual(wide, *selves_logs) + rest
         value = torch.where(start > value, start, value)
+        # what is left is rounding of the terms, unless the kernel is not positive definite
+        noise = ROUNDING * (rest.detach().abs() + (value - rest).detach().abs() + (wide.free_eps * a * b).detach())
+        value = torch.where((value < 0) & (value >= -noise), value - value.detach(), value)
     return value
 
 
@@ -204,7 +210,7 @@ def _alone(problem: Problem, solver: Sinkhorn, tolerance: float, show: Callable[
         # an atom that forbidden pairs leave where it is takes no part, and keeps the infinite potential that it has
         live = live & (half != torch.inf)
         change = torch.where(live, half - p, 0.0)
-        goal = torch.where(live, a * torch.exp(-p / rho), 0.0).double()
+        goal = torch.where(live, target_weights(a, p, rho), 0.0).double()
         off = torch.where(live, torch.expm1(-change / (damp * unit)).abs(), 0.0)
         # both marginals are off by this
         error = 2 * float(((goal * off).sum(-1) / goal.sum(-1).clamp(min=torch.finfo(goal.dtype).tiny)).max())

@@ -24,6 +24,7 @@ from .errors import InvalidProblem, Unsupported
 from .measures import Discrete, Gaussian, Mixture
 from .problem import INF
 from .reference import LinearReference
+from .relaxed import target_weights
 
 if TYPE_CHECKING:
     from .bridge import Bridge
@@ -227,8 +228,8 @@ def _targets(bridge: Bridge) -> tuple[Tensor, Tensor]:
     if bridge.problem.relax == (INF, INF):
         return a, b
     duals = (part.values.detach().double() for part in bridge.potentials())
-    f, g = (torch.exp(-dual / rho) for dual, rho in zip(duals, bridge.problem.relax, strict=True))
-    return a * f, b * g
+    a, b = (target_weights(w, f, rho) for w, f, rho in zip((a, b), duals, bridge.problem.relax, strict=True))
+    return a, b
 
 
 def _row_tiles(plan: Any) -> Iterator[tuple[slice, Tensor]]:

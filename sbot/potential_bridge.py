@@ -13,7 +13,7 @@ from .arrays import DTYPES, as_count, as_number, as_tensor, compute_dtype
 from .bounds import Bounds
 from .bridge import Bridge, DualPotential, Potentials, Report, in_result_dtype
 from .costs import MatrixCost
-from .coupling import Coupling, DiscreteCoupling, GaussianCoupling, SampledCoupling, damping
+from .coupling import Coupling, DiscreteCoupling, GaussianCoupling, SampledCoupling
 from .errors import InvalidProblem, Unsupported
 from .linalg import along
 from .measures import Discrete, Gaussian, Measure
@@ -21,6 +21,7 @@ from .pack import pack
 from .potentials import Atoms, Potential, Tilted
 from .problem import Problem
 from .reference import LinearReference
+from .relaxed import damping
 from .rounding import ATOMS_ONLY, FeasiblePlan, SparsePlan, permutation
 
 #: Entries of each row among which a permutation is first looked for.
@@ -167,24 +168,39 @@ class PotentialBridge(Bridge):
         """An atom of nu for each atom of mu, ``(n,)``: for n = m a permutation of large likelihood under the plan.
 
         ``max over permutations s of sum_i log P_{i, s(i)}`` among the 16 largest entries of each row, or twice as many until
-        they hold a permutation: memory is O(n k).  For n other than m it is the largest entry of each row.  Uses SciPy.
-        Raises `Unsupported` for batches, for marginals without atoms, and where forbidden pairs leave an atom of
-        weight without a partner, or no permutation.
+        they hold a permutation: memory is O(n k).  An atom of weight goes to one that has some; those without may go to each
+        other over any pair, as they take nothing along.  For n other than m it is the largest entry of each row.  Uses SciPy.
+        Raises `Unsupported` for batches, for marginals without atoms, where forbidden pairs leave an atom of weight without a
+        partner, or no permutation, and where mu has more atoms of weight than nu.
         """
         if self.problem.batch_shape:
             raise Unsupported("assignments are made one problem at a time; take them one by one: bridge[k]")
         logit, best = (part[:, 0] for part in self.coupling.top_logits(1))
         mu, nu = self.problem.mu, self.problem.nu
         assert isinstance(mu, Discrete) and isinstance(nu, Discrete)
-        closed = torch.nonzero((logit == -torch.inf) & (mu.weights > 0))
+        live, taken = mu.weights > 0, nu.weights > 0
+        closed = torch.nonzero((logit == -torch.inf) & live)
         if len(closed):
             said = f"mu[{int(closed[0])}] has no allowed pair with an atom that has weight"
             raise Unsupported(f"{said}, so none of nu is its own; use plan() or top(k)")
         if mu.n != nu.n or len(set(best.tolist())) == len(best):
             return best
-        k = min(NEAREST, mu.n)
+        if (have := int(live.sum())) > (room := int(taken.sum())):
+            raise Unsupported(
+                f"mu has {have} atoms of weight and nu has {room}, and a permutation would take one of them to an atom without; "
+                "use plan() or top(k)"
+            )
+        k, rest = min(NEAREST, mu.n), torch.nonzero(~taken)[:, 0]
         while True:
-            found = permutation(*self.coupling.top_logits(k))
+            logits, columns = self.coupling.top_logits(k)
+            if len(rest):
+                # each atom without weight may go to some without, as well as to its best
+                some = torch.arange(min(k, len(rest)), device=rest.device)
+                others = rest[((~live).cumsum(0)[:, None] - 1 + some) % len(rest)]
+                free = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min).expand(others.shape)
+                logits = torch.cat([logits, free.masked_fill(live[:, None], -torch.inf)], -1)
+                columns = torch.cat([columns, others], -1)
+            found = permutation(logits, columns)
             if found is not None:
                 return found.to(best)
             if k == mu.n:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import linalg
 from .arrays import HALF, as_number, as_tensor, in_problem, refuse_forward_mode, require_finite
-from .costs import Cost, MatrixCost
+from .costs import Cosine, Cost, Lp, MatrixCost
 from .errors import InvalidProblem, Unsupported
 from .feasibility import by_pattern
 from .linalg import Eps
@@ -115,6 +115,13 @@ class Problem:
     def cost(self) -> Cost:
         """The cost the reference charges."""
         return self.reference.cost()
+
+    @property
+    def may_forbid(self) -> bool:
+        """Whether the cost of a pair may be infinite."""
+        if isinstance(self.cost, (Lp, Cosine)):
+            return False
+        return self.cost.forbids if isinstance(self.cost, MatrixCost) else self.cost.embed(*self.sites) is None
 
     @property
     def free_eps(self) -> Eps:

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .arrays import as_index
 from .kernels import COPIES, LogKernel, require_memory
 from .linalg import Eps, along
+from .pace import TINY, Pace, half_step
 
 ATOMS_ONLY = (
     "this plan has no entries, since a marginal has no atoms; draw pairs with sample_pairs(n), or solve between samples: "
     "sbot.solve_bridge(mu.sample(1000), nu.sample(1000), eps)"
 )
+
+
+#: Beside forbidden pairs: by how many times the mass that is missing a plan is scaled down at first, and at least, and by how
+#: many times more where this leaves no way to fill it up.
+MARGIN, LEAST, GROWTH = 8.0, 1e-15, 32.0
+#: Iterations of filling up between looks at the error, looks, and those in which the error has to fall to half.
+LOOK, ROUNDS, PATIENCE = 4, 128, 8
+#: Pairs up to which those of no use are looked for.
+PAIRS = 4_000_000
 
 
 @final
@@ -24,12 +35,18 @@ class FeasiblePlan:
     """``P'_ij = exp(left_i + right_j - C_ij / eps) + rest_mu_i rest_nu_j``: a plan with the marginals of its problem.
 
     ``P' = diag(u) P diag(v) + r s' / |r|_1``, with rows and then columns of P scaled down to what they may hold, and what is
-    then missing filled up (Altschuler, Weed and Rigollet 2017, algorithm 2).  Everything streams; numbers are float64.
+    then missing filled up (Altschuler, Weed and Rigollet 2017, algorithm 2).  Beside forbidden pairs all of P is scaled down a
+    little more, so that the second term can be zero on these: its factors are then those of the plan closest to ``r s'`` with
+    such marginals.  Pairs which are allowed and of no use, since their mass would be lacking elsewhere, are zero as well.
+    Everything streams; numbers are float64.
 
     Attributes
     ----------
     left, right : ``(*b, n)`` and ``(*b, m)``.
-    rest_mu, rest_nu : the factors of the rank-one part.
+    rest_mu, rest_nu : the factors of the second term.
+    within : ``(*b,)``, whether the second term is on allowed pairs only; None where all are.  Where it is not, as none was found
+        that is, the cost is infinite.
+    parts : ``(*b, n)`` and ``(*b, m)``, the numbers of the parts between which nothing may go; None where there is one.
 
     Examples
     --------
@@ -46,6 +63,8 @@ class FeasiblePlan:
     rest_nu: Tensor
     eps: Eps
     kernel: LogKernel
+    within: Tensor | None = None
+    parts: tuple[Tensor, Tensor] | None = None
 
     @torch.no_grad()
     def plan(self, rows: Any = None) -> Tensor:
@@ -53,18 +72,39 @@ class FeasiblePlan:
         n, m = self.kernel.shape
         if rows is not None:
             index = as_index(rows, n, "rows", self.left.device)
-            return torch.cat([self._tile(slice(int(i), int(i) + 1)) for i in index], -2)
+            none = self.left.new_empty((*self.left.shape[:-1], 0, m))
+            return torch.cat([none, *(self._tile(slice(int(i), int(i) + 1)) for i in index)], -2)
         size = 8 * self.rest_mu.numel() * m
         require_memory(size, self.left.device, f"a dense plan of shape {(n, m)}", "ask for plan(rows=...) in parts")
         return torch.cat([self._tile(tile) for tile in self.kernel.tiles()], -2)
 
     def _tile(self, rows: slice) -> Tensor:
-        part = _log_part(self.kernel, rows, self.left, self.right, self.eps).exp_()
-        return part.addcmul_(self.rest_mu[..., rows, None], self.rest_nu[..., None, :])
+        part = _log_part(self.kernel, rows, self.left, self.right, self.eps)
+        if self.parts is not None:
+            part.masked_fill_(self.apart(rows), -torch.inf)
+        if self.within is not None:
+            return part.exp_().add_(self.added(rows, self.kernel.entries(rows)))
+        return part.exp_().addcmul_(self.rest_mu[..., rows, None], self.rest_nu[..., None, :])
+
+    def added(self, rows: slice, cost: Tensor) -> Tensor:
+        """The second term in these rows, given their cost."""
+        term = self.rest_mu[..., rows, None] * self.rest_nu[..., None, :]
+        if self.within is None:
+            return term
+        return term.masked_fill_(self.within[..., None, None] & ~self.open(rows, cost), 0)
+
+    def open(self, rows: slice, cost: Tensor) -> Tensor:
+        """Between which pairs something may go."""
+        return cost < torch.inf if self.parts is None else (cost < torch.inf) & ~self.apart(rows)
+
+    def apart(self, rows: slice) -> Tensor:
+        """Pairs of different parts."""
+        assert self.parts is not None
+        return self.parts[0][..., rows, None] != self.parts[1][..., None, :]
 
     @torch.no_grad()
     def linear_cost(self) -> Tensor:
-        """``<P', C>``, ``(*b,)``: from above, unregularised transport; infinite where the filling uses a forbidden pair."""
+        """``<P', C>``, ``(*b,)``: from above, unregularised transport; infinite where a forbidden pair is used."""
         total = torch.zeros(self.left.shape[:-1], dtype=torch.float64, device=self.left.device)
         for rows in self.kernel.tiles():
             p, c = self._tile(rows), self.kernel.entries(rows).double()
@@ -95,8 +135,12 @@ def feasible(
     eps: Eps,
     marginals: tuple[Tensor, Tensor],
     hard: tuple[bool, bool],
+    may_forbid: bool,
 ) -> FeasiblePlan:
-    """Round ``exp(left_i + right_j - C_ij / eps)`` to the marginals that are hard; float64 in and out."""
+    """Round ``exp(left_i + right_j - C_ij / eps)`` to the marginals that are hard; float64 in and out.
+
+    ``may_forbid`` says whether pairs may be forbidden.
+    """
     a, b = marginals
     kernel.copies = COPIES
 
@@ -118,12 +162,101 @@ def feasible(
         left = left + shift(a / sums(0, left, right), a, hard[1])
     if hard[1]:
         right = right + shift(b / sums(1, right, left), b, hard[0])
-    rest_a, rest_b = torch.zeros_like(a), torch.zeros_like(b)
-    if all(hard):
-        rest_a = (a - sums(0, left, right)).clamp(min=0)
-        rest_b = (b - sums(1, right, left)).clamp(min=0)
-        rest_b = rest_b / rest_a.sum(-1, keepdim=True).clamp(min=1e-300)
-    return FeasiblePlan(left, right, rest_a, rest_b, eps, kernel)
+    plan = FeasiblePlan(left, right, torch.zeros_like(a), torch.zeros_like(b), eps, kernel)
+    if not all(hard):
+        return plan
+    full = plan.marginals()
+    rest_a, rest_b = (a - full[0]).clamp(min=0), (b - full[1]).clamp(min=0)
+    plan = replace(plan, rest_mu=rest_a, rest_nu=rest_b / rest_a.sum(-1, keepdim=True).clamp(min=1e-300))
+    if not may_forbid or not any(bool((kernel.entries(rows) == torch.inf).any()) for rows in kernel.tiles()):
+        return plan
+    found = _filled(plan, (a, b), full)
+    assert found.within is not None
+    if bool(found.within.all()) or a.shape[-1] * b.shape[-1] > PAIRS:
+        return found
+    # the allowed pairs of no use stand in the way
+    first = replace(plan, rest_mu=torch.zeros_like(a), parts=_parts(plan, rest_a.sum(-1), found.within))
+    full = first.marginals()
+    return _filled(replace(first, rest_mu=plan.rest_mu), (a, b), full)
+
+
+def _parts(plan: FeasiblePlan, lost: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers of the parts between which no plan with these marginals has mass; one part where the problem is ``whole``.
+
+    Where atoms S of mu have no more room than their own mass, ``a(S) = b(N(S))``, all that ``N(S)`` holds comes from S, and a
+    plan that lacks ``lost`` has no more than that on each of the other pairs with ``N(S)``.  Parts are those of the graph that
+    goes from rows to columns over allowed pairs, and back over entries that are larger.
+    """
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    n, m = plan.kernel.shape
+    first, second = (torch.zeros(side.shape, dtype=torch.int64) for side in (plan.left, plan.right))
+    allowed, entries = plan.kernel.entries(slice(0, n)) < torch.inf, replace(plan, rest_mu=0 * plan.rest_mu).plan()
+    for k in (~whole).flatten().nonzero()[:, 0].tolist():
+        at = np.unravel_index(k, whole.shape)
+        there = allowed[at].nonzero().cpu().numpy()
+        back = (entries[at] > 2 * lost[at]).nonzero().cpu().numpy()
+        tails, heads = np.r_[there[:, 0], n + back[:, 1]], np.r_[n + there[:, 1], back[:, 0]]
+        graph = coo_matrix((np.ones(len(tails), dtype=np.int8), (tails, heads)), shape=(n + m, n + m))
+        labels = torch.from_numpy(connected_components(graph, connection="strong")[1]).long()
+        first[at], second[at] = labels[:n], labels[n:]
+    return first.to(plan.left.device), second.to(plan.left.device)
+
+
+def _filled(plan: FeasiblePlan, marginals: tuple[Tensor, Tensor], sums: tuple[Tensor, Tensor]) -> FeasiblePlan:
+    """The plan filled up on allowed pairs, where a way is found; ``sums`` are those of its first term."""
+    (a, b), kernel = marginals, plan.kernel
+    whole = a.sum(-1, keepdim=True)
+    lost = torch.maximum(*((w - held).clamp(min=0).sum(-1, keepdim=True) for w, held in zip((a, b), sums, strict=True)))
+    share = (MARGIN * lost / whole).clamp(min=LEAST, max=1.0)
+    left, u, v = plan.left, plan.rest_mu, plan.rest_nu
+    within = torch.zeros(a.shape[:-1], dtype=torch.bool, device=a.device)
+    while True:
+        rest_a, rest_b = ((w - (1 - share) * held).clamp(min=0) for w, held in zip((a, b), sums, strict=True))
+        *found, done = _on_allowed(plan, rest_a, rest_b, torch.finfo(kernel.dtype).eps * whole)
+        new = (done & ~within)[..., None]
+        left = torch.where(new, plan.left + torch.log1p(-share), left)
+        u, v = torch.where(new, found[0], u), torch.where(new, found[1], v)
+        within = within | done
+        if bool((within[..., None] | (share == 1)).all()):
+            return replace(plan, left=left, rest_mu=u, rest_nu=v, within=within)
+        share = (GROWTH * share).clamp(max=1.0)
+
+
+def _on_allowed(plan: FeasiblePlan, r: Tensor, s: Tensor, tolerance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``u`` and ``v`` such that ``u_i v_j`` on the allowed pairs has sums r and s, and whether it does, ``(*b,)``.
+
+    Sinkhorn's iterations on the pattern, given up where they do not get there soon.
+    """
+    turned = replace(plan, kernel=plan.kernel.T, parts=None if plan.parts is None else plan.parts[::-1])
+    u, v, best, pace = torch.ones_like(r), s, torch.full_like(r[..., 0], torch.inf), Pace(torch.ones_like(r[..., 0]))
+    for k in range(ROUNDS):
+        for left in reversed(range(LOOK)):
+            omega = pace.omega
+            u = half_step(u, r, _open_sums(plan, v) + TINY, 1.0, omega)
+            # exact where the error is looked at
+            v = half_step(v, s, _open_sums(turned, u) + TINY, 1.0, omega if left else None)
+        error = (u * _open_sums(plan, v) - r).abs().sum(-1)
+        done = error <= tolerance[..., 0]
+        if bool(done.all()):
+            break
+        pace.look(error, LOOK)
+        if k % PATIENCE == 0:
+            if bool((done | ~(error <= best / 2)).all()):
+                break
+            best = error
+    return u, v, done
+
+
+def _open_sums(plan: FeasiblePlan, v: Tensor) -> Tensor:
+    """``sum_j v_j`` over the pairs of each row between which something may go."""
+    kernel = plan.kernel
+    kernel.copies = COPIES
+    out = v.new_empty((*v.shape[:-1], kernel.shape[0]))
+    for rows in kernel.tiles():
+        out[..., rows] = (plan.open(rows, kernel.entries(rows)).to(v) @ v[..., None])[..., 0]
+    return out
 
 
 @final
@@ -168,7 +301,7 @@ class SparsePlan:
 
 
 def permutation(logits: Tensor, columns: Tensor) -> Tensor | None:
-    """The permutation of largest ``sum_i logits`` among the entries ``(n, k)`` of these columns; None where there is none."""
+    """The permutation of largest ``sum_i logits`` among the finite entries ``(n, k)`` of these columns; None if there is none."""
     from scipy.sparse import csr_matrix
     from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 

@@ -257,7 +257,10 @@ class LogKernel(ABC):
                     level = top.squeeze(-1) + total.log2()
                 level = (level if offset is None else level + offset[..., rows]) * LN2
                 if isinstance(weights, Tensor):
-                    share = weights[..., rows] if given else weights[..., rows] * torch.exp(power * level)
+                    share = weights[..., rows]
+                    if not given:
+                        # where nothing weighs, the exponential may overflow
+                        share = torch.where(share > 0, share * torch.exp(power * level), 0.0)
                 else:
                     share = weights(level)
                 lse[..., rows], mass[..., rows] = level, share

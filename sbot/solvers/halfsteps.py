@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..coupling import damping, dual_term
 from ..kernels import FLOOR, Conditionals, LogKernel, same
 from ..linalg import Eps, along, as_eps
+from ..pace import TINY, Pace, as_array, half_step
 from ..partial import capped, masses, support, violation
+from ..relaxed import damping, dual_term, target_weights
 
 #: after a look at the error: total iterations so far and the error; returns whether to stop
 Check = Callable[[int, float], bool]
@@ -32,8 +33,6 @@ Correct = Callable[[Tensor, Tensor], Tensor]
 TRUST = 8.0
 #: The same for a model with all entries: what single precision can hold.
 RANGE = 50.0
-#: Over-relaxation stays below this: far from the solution 2, the limit, diverges.
-FASTEST = 1.8
 #: Growth of the error over its least, at which accelerated passes start again from there.
 GROWN = 3.0
 #: Passes without a new best after which the correction between cells is given up, as it is where the error has grown so.
@@ -42,7 +41,6 @@ PATIENCE = 8
 NOTICED = 1e-4
 #: Marginal error below which it would say nothing, where it is not `near`.
 ROUNDED = 3e-7
-TINY = float(np.finfo(np.float64).tiny)
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -166,9 +164,7 @@ class State:
         if self.mass is not None:
             lse = self.columns.log() - self.log_b - self.g.double() / self.unit
             return masses(self.log_b, lse, self.mass, capped(self.log_b, lse, self.mass, self.caps[1]))
-        if math.isinf(self.rho[1]):
-            return self.b.double()
-        return self.b.double() * torch.exp(-(self.g.double() + self.unit * log_v) / self.rho[1])
+        return target_weights(self.b.double(), self.g.double() + self.unit * log_v, self.rho[1])
 
     def log_goal(self) -> Tensor:
         """The logarithm of `goal`, which underflows where an atom of a relaxed nu is too far to be worth any mass."""
@@ -391,7 +387,7 @@ class HalfSteps(Step):
     every = 4
 
     def __init__(self) -> None:
-        self._pace: _Pace | None = None
+        self._pace: Pace | None = None
 
     @property
     def fall(self) -> float:
@@ -421,11 +417,11 @@ class HalfSteps(Step):
         while done < most and not stop:
             look = done == 1 or done % self.every == self.every - 1 or done == most - 1
             # 0 at an atom of zero weight
-            v = _relaxed(v, wanted, columns, lam_b, omega) if state.mass is None else state.rise(columns.log()).exp_()
+            v = half_step(v, wanted, columns, lam_b, omega) if state.mass is None else state.rise(columns.log()).exp_()
             sums = _sums(products, v, near)
             if state.mass is None:
                 # where the error is looked at, f is exact as everywhere else
-                u = _relaxed(u, 1.0, sums, lam_a, None if look else omega)
+                u = half_step(u, 1.0, sums, lam_a, None if look else omega)
             else:
                 u = (state.lower(state.lse + sums.log()) - state.height).exp_()
             columns = _columns(products, u, weights, found, near)
@@ -474,13 +470,13 @@ class HalfSteps(Step):
         u = (state.lower(state.lse + _sums(model, v, near).log()) - state.height).exp_()
         return state.rise(_columns(model, u, state.rows, state.columns + TINY, near).log())
 
-    def _paced(self, state: State) -> _Pace:
+    def _paced(self, state: State) -> Pace:
         """The pace of the last run where it goes on."""
         errors = state.errors()
         if self._pace is None or self._pace.last.shape != errors.shape:
-            self._pace = _Pace(errors)
+            self._pace = Pace(errors)
         else:
-            self._pace.last = _array(errors)
+            self._pace.last = as_array(errors)
         return self._pace
 
 
@@ -501,54 +497,3 @@ def _columns(products: Any, u: Any, weights: Any, found: Any, near: bool) -> Any
     if near:
         return (found + products.transposed_times(weights * (u - 1))).clip(min=TINY)
     return products.transposed_times(weights * u) + TINY
-
-
-def _relaxed(old: Any, goal: Any, sums: Any, power: Eps, omega: Eps | None) -> Any:
-    """The half-step ``(goal / sums)^power``, carried too far by ``omega``; of tensors or arrays."""
-    whole = not isinstance(power, Tensor) and power == 1
-    if omega is None:
-        return goal / sums if whole else (goal / sums) ** power
-    step = goal / (sums * old + TINY) if whole else (goal / sums) ** power / (old + TINY)
-    return step**omega * old
-
-
-def _array(errors: Any) -> Array:
-    """As an array: arithmetic with one number, or a few hundred, costs less there."""
-    if not isinstance(errors, Tensor):
-        return np.asarray(errors)
-    if torch._C._are_functorch_transforms_active():  # whose tensors have numbers, but no memory
-        return np.array([float(error) for error in errors.flatten()]).reshape(errors.shape)
-    return np.asarray(errors.detach().cpu().numpy())
-
-
-class _Pace:
-    """Over-relaxation of each problem, from the rate at which its error falls (Thibault et al. 2021, Lehmann et al. 2022).
-
-    At the solution half-steps are Gauss-Seidel iterations on two blocks.  Where plain ones contract by theta^2, relaxed
-    ones contract by the lambda of ``(lambda + omega - 1)^2 = lambda omega^2 theta^2``, which is least at
-    ``omega = 2 / (1 + sqrt(1 - theta^2))``.
-    """
-
-    def __init__(self, errors: Tensor) -> None:
-        self.like = errors
-        self.last = _array(errors)
-        self.looks, self.factor, self.fall = np.zeros_like(self.last), np.ones_like(self.last), 0.0
-
-    @property
-    def omega(self) -> Eps | None:
-        """A number, or ``(*b, 1)``; None where nothing is relaxed yet."""
-        if np.all(self.factor == 1):
-            return None
-        return torch.from_numpy(self.factor).to(self.like)[..., None] if self.factor.ndim else float(self.factor)
-
-    def look(self, errors: Any, iterations: int) -> None:
-        now = _array(errors)
-        rate = (now / np.maximum(self.last, TINY)) ** (1 / iterations)
-        self.fall = math.log(max(float(self.last.max()), TINY) / max(float(now.max()), TINY)) / iterations
-        self.last, self.looks = now, self.looks + 1
-        theta = (rate + self.factor - 1) ** 2 / np.maximum(rate * self.factor**2, 1e-30)
-        best = np.minimum(2 / (1 + np.sqrt(1 - np.minimum(theta, 0.999))), FASTEST)
-        # the first iterations are no measure of the last, and where the error grew it starts again
-        factor = np.where((self.looks == 1) | (rate == 0), self.factor, best)
-        self.factor = np.where(rate >= 1, 1.0, factor)
-        self.looks = np.where((rate >= 1) & (self.looks > 1), 0.0, self.looks)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..arrays import as_count, as_number, in_problem, refuse_forward_mode, wider
 from ..bridge import Bridge, Report
-from ..costs import Cosine, Lp, MatrixCost
+from ..costs import MatrixCost
 from ..diffusion import Intractable
 from ..errors import InvalidProblem, NotConverged, NumericalError, PrecisionWarning
 from ..feasibility import by_potentials, reached
@@ -145,7 +145,7 @@ class Sinkhorn(Solver):
             for k, (eps, tolerance) in enumerate(stages):
                 last = k == len(stages) - 1
                 state.eps, state.slack = eps, goal.slack_at(tolerance)
-                watch = _Watch(state.largest, tolerance, last, goal.reach, history, report)
+                watch = _Watch(state.largest, tolerance, last, goal.reach, problem.dtype, history, report)
                 self._stage(state, last, watch, counts, problem if _may_forbid(problem) else None)
                 reason = watch.reason
             state.centre()
@@ -335,7 +335,7 @@ def _constant(problem: Problem) -> Tensor:
 
 def _may_forbid(problem: Problem) -> bool:
     """Whether pairs may be forbidden so that no plan is left."""
-    return problem.relax == (math.inf, math.inf) and _forbids(problem)
+    return problem.relax == (math.inf, math.inf) and problem.may_forbid
 
 
 def _taking_part(problem: Problem, kernel: LogKernel) -> tuple[Tensor, Tensor]:
@@ -346,7 +346,7 @@ def _taking_part(problem: Problem, kernel: LogKernel) -> tuple[Tensor, Tensor]:
     known = isinstance(cost, MatrixCost)
     relaxed = problem.relax != (math.inf, math.inf)
     # what is wrong with a matrix has been said
-    if not _forbids(problem) or (known and not relaxed):
+    if not problem.may_forbid or (known and not relaxed):
         return a, b
     sides = reached(kernel, a, b)
     for name, weights, found, rho in zip(("mu", "nu"), (a, b), sides, problem.relax, strict=True):
@@ -358,14 +358,6 @@ def _taking_part(problem: Problem, kernel: LogKernel) -> tuple[Tensor, Tensor]:
     if not relaxed:
         return a, b  # a partial plan leaves them at its cap
     return torch.where(sides[0], a, 0.0), torch.where(sides[1], b, 0.0)
-
-
-def _forbids(problem: Problem) -> bool:
-    """Whether pairs may be forbidden."""
-    cost = problem.cost
-    if isinstance(cost, (Lp, Cosine)):
-        return False
-    return cost.forbids if isinstance(cost, MatrixCost) else cost.embed(*problem.sites) is None
 
 
 def _require_room(problem: Problem, state: State) -> None:
@@ -538,18 +530,18 @@ class _Watch:
         tolerance: float,
         last: bool,
         reach: float,
+        dtype: torch.dtype,
         history: list[tuple[int, float, float]],
         report: Callable[[Progress], None],
     ) -> None:
-        self.eps, self.tolerance, self.last, self.reach = eps, tolerance, last, reach
+        self.eps, self.tolerance, self.last, self.reach, self.dtype = eps, tolerance, last, reach, dtype
         self.history, self.report = history, report
         self.best, self.waited, self.stalled = math.inf, 0, False
 
     def __call__(self, iteration: int, error: float) -> bool:
         if math.isnan(error):
-            raise NumericalError(
-                f"the marginal error is {error} at iteration {iteration}; rescale the cost, raise eps or use float64"
-            )
+            remedy = f"rescale the cost or raise eps{wider(self.dtype, ' or use float64')}"
+            raise NumericalError(f"the marginal error is {error} at iteration {iteration}; {remedy}")
         self._note(iteration, error)
         self.waited = 0 if error < 0.999 * self.best else self.waited + 1
         self.best = min(self.best, error)

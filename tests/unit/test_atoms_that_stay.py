@@ -116,3 +116,92 @@ def test_gradients_are_those_without_them(data, attached):
     torch.testing.assert_close(got[2][rows][:, columns], want[2], rtol=1e-7, atol=1e-9)
     assert float(got[2][ROWS].abs().sum()) == 0
     torch.testing.assert_close(got[0][ROWS], (1.0 + 0.1 * b.sum()).expand(2))  # rho, and the reference measure
+
+
+# ---- atoms of no weight ------------------------------------------------------------------------------------------------
+
+DEAD = {
+    # cost, a, b, eps, relax: the first row has no weight in any
+    "alone reaches an atom that stays": ([[2, 3, 0], [0, 1, INF]], [0, 1], [0.3, 0.3, 0.3], 1e-3, 1.0),
+    "near, and the mass is far": ([[2], [20]], [0, 1], [0.1], 0.01, (0.01, 5.0)),
+    "near, and the other side is hard": ([[0, 1000], [1000, 2000]], [0, 1], [0.4, 0.6], 0.01, (1.0, INF)),
+    "near, and the first side is hard": ([[0, 1000], [1000, 2000]], [0, 1], [0.4, 0.6], 0.01, (INF, 1.0)),
+}
+
+
+@pytest.mark.parametrize("case", DEAD)
+@pytest.mark.parametrize("flipped", [False, True])
+def test_an_atom_of_no_weight_changes_nothing(case, flipped, dtype):
+    cost, a, b, eps, relax = DEAD[case]
+    cost, a, b = (torch.tensor(part, dtype=dtype) for part in (cost, a, b))
+    both = relax if isinstance(relax, tuple) else (relax, relax)
+
+    def solved(cost, a):
+        cost = cost.clone().requires_grad_()
+        given = (b, a, eps) if flipped else (a, b, eps)
+        bridge = sbot.solve_bridge(*given, cost=cost.mT if flipped else cost, relax=both[::-1] if flipped else both)
+        return bridge, cost
+
+    bridge, matrix = solved(cost, a)
+    alone, part = solved(cost[1:], a[1:])
+    assert bridge.report.converged
+    # what rounding of potentials as large as the cost makes of the plan
+    rounding = 4 * torch.finfo(dtype).eps * float(cost[1][torch.isfinite(cost[1])].max()) / eps
+    close = {"rtol": max(1e-9, rounding), "atol": max(1e-9, rounding)}
+    for got, want in (
+        (bridge.cost(), alone.cost()),
+        (bridge.gap(), alone.gap()),
+        (bridge.linear_cost(), alone.linear_cost()),
+    ):
+        torch.testing.assert_close(got, want, **close)
+    (slope,), (want,) = (torch.autograd.grad(one.cost(), leaf) for one, leaf in ((bridge, matrix), (alone, part)))
+    torch.testing.assert_close(slope, torch.cat([torch.zeros_like(cost[:1]), want]), **close)
+    moving = bridge.differentiable()
+    (first,) = torch.autograd.grad(moving.cost(), matrix, create_graph=True)
+    torch.testing.assert_close(first, slope, **close)
+    (second,) = torch.autograd.grad(torch.where(first != 0, first.square(), 0.0).sum(), matrix)
+    assert bool(torch.isfinite(second).all())
+    assert float(sbot.metrics.marginal_error(bridge)) < 1e-3 + rounding
+
+
+@pytest.mark.parametrize("case", [name for name in DEAD if "first side" not in name])
+@pytest.mark.parametrize("flipped", [False, True])
+def test_an_infinite_derivative_in_a_weight_is_refused(case, flipped):
+    """What the atom would take along, or up, at the least weight; a finite one is right, see the test of partial plans."""
+    cost, a, b, eps, relax = DEAD[case]
+    a, b = torch.tensor(a, dtype=torch.float64, requires_grad=True), torch.tensor(b, dtype=torch.float64)
+    both = relax if isinstance(relax, tuple) else (relax, relax)
+    cost = torch.tensor(cost, dtype=torch.float64)
+    if flipped:
+        bridge = sbot.solve_bridge(b, a, eps, cost=cost.mT, relax=both[::-1])
+    else:
+        bridge = sbot.solve_bridge(a, b, eps, cost=cost, relax=both)
+    with pytest.raises(
+        sbot.InvalidProblem, match=f"{'nu' if flipped else 'mu'} has zero weight at atom 0, and the deriv"
+    ):
+        bridge.cost()
+
+
+def test_the_atom_of_a_batch_is_named():
+    cost, a, b, eps, _ = DEAD["alone reaches an atom that stays"]
+    a = torch.tensor([[0.5, 0.5], a], dtype=torch.float64, requires_grad=True)
+    b, cost = torch.tensor([b, b], dtype=torch.float64), torch.tensor([cost, cost], dtype=torch.float64)
+    with pytest.raises(sbot.InvalidProblem, match="atom 0 of problem 1"):
+        sbot.solve_bridge(a, b, eps, cost=cost, relax=1.0).cost()
+
+
+@pytest.mark.parametrize("cost", [[[0.3, 0.0], [0.1, INF]], [[0.3, 0.2], [0.1, 0.5]], [[INF, 0.2], [0.1, 0.5]]])
+def test_derivative_in_a_weight_of_zero_of_a_partial_plan(cost):
+    """A one-sided difference, also where the atom alone reaches one that no other does."""
+    cost, b = torch.tensor(cost, dtype=torch.float64), torch.tensor([0.5, 0.5], dtype=torch.float64)
+
+    def value(first, grad=False):
+        a = torch.tensor([first, 1.0], dtype=torch.float64, requires_grad=grad)
+        solver = sbot.Sinkhorn(tol=1e-13)
+        return a, sbot.solve_bridge(a, b, 0.1, cost=cost, mass=0.3, solver=solver).cost()
+
+    a, at = value(0.0, grad=True)
+    slope = torch.autograd.grad(at, a)[0][0]
+    h = 1e-6
+    at, ahead, further = float(at.detach()), float(value(h)[1]), float(value(2 * h)[1])
+    assert float(slope) == pytest.approx((4 * ahead - further - 3 * at) / (2 * h), rel=1e-4, abs=1e-5)

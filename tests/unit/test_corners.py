@@ -109,16 +109,6 @@ def test_gap_of_a_semi_relaxed_problem_is_the_scaled_objective(generator):
     torch.testing.assert_close(bridge.gap(), objective - bridge.cost(), rtol=1e-9, atol=1e-9)
 
 
-def test_gap_with_a_forbidden_pair(generator):
-    """A rounding that needs no forbidden pair has a gap; one that does says infinity, and never less than the truth."""
-    c = torch.rand(6, 6, generator=generator, dtype=F64)
-    c[0, 1] = INF
-    uniform = torch.full((6,), 1 / 6, dtype=F64)
-    gap = sbot.solve_bridge(uniform, uniform, 0.1, cost=c, relax=(1.0, INF), solver=sbot.Sinkhorn(tol=1e-10)).gap()
-    assert 0 <= float(gap) < 1e-8
-    assert float(sbot.solve_bridge(uniform, uniform, 0.1, cost=c).gap()) >= 0
-
-
 def test_a_dead_atom_that_nothing_reaches():
     cases = [
         ([1.0, 0.0], [1.0, 0.0], [[0.0, INF], [INF, 0.0]], [[1.0, 0.0], [0.0, 0.0]]),

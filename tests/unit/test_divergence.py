@@ -95,7 +95,7 @@ def test_never_negative_however_far_the_solves_got(rho, dtype, generator):
                 value = sbot.sinkhorn_divergence(
                     (x.to(dtype), a.to(dtype)), (y.to(dtype), mass * a.to(dtype)), 0.05, relax=rho, solver=solver
                 )
-            assert float(value) >= -1e-13
+            assert float(value) >= 0
 
 
 @pytest.mark.parametrize("rho", [None, 1.0])
@@ -387,7 +387,7 @@ def test_partial_divergence_is_three_values_and_never_negative(seed, dtype, eps,
     assert float(value) == pytest.approx(want, rel=1e-4, abs=1e-5 if dtype == torch.float32 else 1e-8)
     order = torch.randperm(9, generator=generator)
     same = sbot.sinkhorn_divergence((x, a), (x[order], a[order]), eps, mass=min(mass, float(a.double().sum())))
-    assert -1e-14 < float(same) < (1e-5 if dtype == torch.float32 else 1e-9)
+    assert 0 <= float(same) < (1e-5 if dtype == torch.float32 else 1e-9)
 
 
 def test_partial_divergence_does_not_see_what_is_left_behind(generator):

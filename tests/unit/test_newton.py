@@ -10,7 +10,8 @@ import torch
 
 import sbot
 from sbot.kernels import Conditionals, DenseKernel
-from sbot.solvers import halfsteps, sinkhorn
+from sbot.pace import FASTEST, Pace
+from sbot.solvers import sinkhorn
 from sbot.solvers.halfsteps import Exact, HalfSteps, State
 from sbot.solvers.newton import Newton
 
@@ -168,7 +169,7 @@ def test_a_step_that_cannot_gain_is_taken_back(generator):
 def test_over_relaxation_learns_the_rate():
     """Gauss-Seidel on two blocks at a known rate: omega tends to the best one, and the rates it predicts come true."""
     theta, used = 0.9, []
-    pace = halfsteps._Pace(torch.ones((), dtype=torch.float64))
+    pace = Pace(torch.ones((), dtype=torch.float64))
     error, x, y = 1.0, 1.0, 1.0
     for k in range(1, 61):
         omega = float(pace.factor)
@@ -180,7 +181,7 @@ def test_over_relaxation_learns_the_rate():
             used.append(float(pace.factor))
     best = 2 / (1 + math.sqrt(1 - theta))
     assert used[0] == 1.0
-    assert max(used) <= halfsteps.FASTEST
+    assert max(used) <= FASTEST
     assert min(abs(omega - best) for omega in used) < 0.1
     assert error < theta**60 * 1e-3
 

@@ -182,3 +182,37 @@ def test_zero_weights_forbidden_pairs_and_float32(generator):
     sparse = bridge.sparse_plan(1.0)
     assert not bool((sparse.rows == sparse.columns).any())
     assert sparse.values.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dead", [([0], [2]), ([0, 4], [1]), ([0], []), ([], [])])
+def test_assignment_beside_atoms_of_no_weight(dead, generator):
+    """A permutation of the largest likelihood over atoms of weight, found by trying all."""
+    cost = torch.rand(5, 5, generator=generator, dtype=torch.float64)
+    a, b = torch.ones(5, dtype=torch.float64), torch.ones(5, dtype=torch.float64)
+    a[dead[0]], b[dead[1]] = 0, 0
+    bridge = sbot.solve_bridge(a / a.sum(), b / b.sum(), 0.05, cost=cost)
+    got = bridge.assignment()
+    assert sorted(got.tolist()) == list(range(5))
+    log_p, live = bridge.plan().log(), torch.nonzero(a)[:, 0]
+    best = max(float(log_p[live, torch.tensor(s)].sum()) for s in itertools.permutations(range(5), len(live)))
+    here = float(log_p[live, got[live]].sum())
+    assert here > -torch.inf
+    if len(dead[0]) == len(dead[1]):
+        assert here == pytest.approx(best, abs=1e-9)
+
+
+def test_assignment_of_more_atoms_of_weight_than_there_are(generator):
+    cost = torch.rand(3, 3, generator=generator)
+    bridge = sbot.solve_bridge([1 / 3] * 3, [0.5, 0.5, 0.0], 0.1, cost=cost)
+    with pytest.raises(sbot.Unsupported, match="mu has 3 atoms of weight and nu has 2"):
+        bridge.assignment()
+
+
+def test_assignment_of_many_atoms_of_no_weight(generator):
+    """More of them than each has candidates."""
+    x = torch.rand(60, 2, generator=generator)
+    a = torch.zeros(60)
+    a[:20] = 1 / 20
+    got = sbot.solve_bridge((x, a), (x.flip(0), a.flip(0)), 0.01).assignment()
+    assert sorted(got.tolist()) == list(range(60))
+    assert sorted(got[:20].tolist()) == list(range(40, 60))
