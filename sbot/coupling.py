@@ -174,23 +174,20 @@ class DiscreteCoupling(Coupling):
     def dual_values(self) -> tuple[Tensor, Tensor]:
         """``f`` and ``g`` at the atoms; atoms of zero weight take the value of the c-transform, and padding 0."""
         kernel, unit, tops = self._kernel(), along(self.eps, 1), self.ceilings
-        weights = self._mu.weights.detach(), self._nu.weights.detach()
-        live = weights[0] > 0, weights[1] > 0
         out = []
-        for side, (w, log, damp) in enumerate(zip(weights, self._logs, self.damp, strict=True)):
-            f = unit * (log - w.log())
+        for side, (weights, here, there, damp) in enumerate(
+            zip((self._mu.weights, self._nu.weights), self._logs, self._logs[::-1], self.damp, strict=True)
+        ):
+            live = weights.detach() > 0
+            f = unit * (here - weights.detach().log())
             # an atom that forbidden pairs leave where it is
-            f = torch.where(live[side] & (log == -torch.inf), torch.inf if tops is None else tops[side], f)
-            if not bool(live[side].all()):
-                there = self._logs[1 - side]
-                if tops is not None:
-                    # what stays there could go to an atom that has no weight here
-                    log_cap = weights[1 - side].log() + tops[1 - side] / unit
-                    there = torch.where(live[1 - side] & (there == -torch.inf), log_cap, there)
-                other = -damp * unit * (kernel if side == 0 else kernel.T).reduce(there, self.eps)[0]
+            f = torch.where(live & (here == -torch.inf), torch.inf if tops is None else tops[side], f)
+            if not bool(live.all()):
+                transform = (kernel if side == 0 else kernel.T).reduce(there, self.eps)[0]
+                other = -damp * unit * transform
                 if tops is not None:
                     other = torch.minimum(other, tops[side])
-                f = torch.where(live[side], f, other)
+                f = torch.where(live, f, other)
             out.append(f)
         return self._mu.blank(out[0]), self._nu.blank(out[1])
 
@@ -308,9 +305,8 @@ class DiscreteCoupling(Coupling):
         if (s := self.problem.mass) is not None:
             terms = support(f, a, s) + support(g, b, s)
         else:
-            sides = zip((a, b), (f, g), self.problem.relax, strict=True)
-            left, right = (w * dual_term(torch.where(w > 0, part, 0.0), rho) for w, part, rho in sides)
-            terms = left.sum(-1) + right.sum(-1)
+            terms = (a * dual_term(f, self.problem.relax[0])).sum(-1)
+            terms = terms + (b * dual_term(g, self.problem.relax[1])).sum(-1)
         # not in the plan: atoms of zero weight, and those that forbidden pairs leave where they are, of infinite potential
         live = [torch.isfinite(part) & (w.detach() > 0) for w, part in ((a, f), (b, g))]
         f, g = (torch.where(known, part, 0.0) for known, part in zip(live, (f, g), strict=True))
@@ -339,7 +335,9 @@ class DiscreteCoupling(Coupling):
         # row sums of P over a; none where there is no weight, as the potential is no dual variable there
         density = torch.exp(torch.where((a.detach() > 0) & torch.isfinite(f), f / unit + lse, -torch.inf))
         mass_a, mass_b = a.detach().sum(-1, keepdim=True), b.detach().sum(-1, keepdim=True)
-        total = _weighed(a, term_a + unit * (mass_b - density)) + _weighed(b, term_b)
+        total = (a.detach() * _finite(term_a + unit * (mass_b - density))).sum(-1) + (b.detach() * _finite(term_b)).sum(
+            -1
+        )
         if tops is not None and self.problem.mass is not None:
             total = total + self.problem.mass.to(f) * (tops[0] + tops[1])[..., 0]
         plain = [leaf.detach() for leaf in leaves]
@@ -604,11 +602,6 @@ def _log_weights(weights: Tensor, potential: Tensor, eps: Eps) -> Tensor:
     return torch.where(
         live, torch.where(live, weights, 1.0).log() + torch.where(live, potential, 0.0) / eps, -torch.inf
     )
-
-
-def _weighed(weights: Tensor, term: Tensor) -> Tensor:
-    """``<w, term>`` with constant weights, over the atoms that have weight and a term."""
-    return (weights.detach() * torch.where(weights.detach() > 0, _finite(term), 0.0)).sum(-1)
 
 
 def _finite(term: Tensor) -> Tensor:

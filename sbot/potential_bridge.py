@@ -178,7 +178,8 @@ class PotentialBridge(Bridge):
         logit, best = (part[:, 0] for part in self.coupling.top_logits(1))
         mu, nu = self.problem.mu, self.problem.nu
         assert isinstance(mu, Discrete) and isinstance(nu, Discrete)
-        live, taken = mu.weights > 0, nu.weights > 0
+        assert isinstance(self.psi, Atoms)
+        live, taken = mu.weights > 0, self.psi.log_weights > -torch.inf
         closed = torch.nonzero((logit == -torch.inf) & live)
         if len(closed):
             said = f"mu[{int(closed[0])}] has no allowed pair with an atom that has weight"

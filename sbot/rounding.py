@@ -20,9 +20,9 @@ ATOMS_ONLY = (
 )
 
 
-#: Beside forbidden pairs: by how many times the mass that is missing a plan is scaled down at first, and at least, and by how
-#: many times more where this leaves no way to fill it up.
-MARGIN, LEAST, GROWTH = 8.0, 1e-15, 32.0
+#: Beside forbidden pairs: by how many times the mass that is missing a plan is scaled down at first, by how many times more
+#: where this leaves no way to fill it up, and how often that is tried: from rounding to all of it.
+MARGIN, GROWTH, TRIES = 8.0, 32.0, 12
 #: Iterations of filling up between looks at the error, looks, and those in which the error has to fall to half.
 LOOK, ROUNDS, PATIENCE = 4, 128, 8
 #: Pairs up to which those of no use are looked for.
@@ -209,10 +209,10 @@ def _filled(plan: FeasiblePlan, marginals: tuple[Tensor, Tensor], sums: tuple[Te
     (a, b), kernel = marginals, plan.kernel
     whole = a.sum(-1, keepdim=True)
     lost = torch.maximum(*((w - held).clamp(min=0).sum(-1, keepdim=True) for w, held in zip((a, b), sums, strict=True)))
-    share = (MARGIN * lost / whole).clamp(min=LEAST, max=1.0)
     left, u, v = plan.left, plan.rest_mu, plan.rest_nu
     within = torch.zeros(a.shape[:-1], dtype=torch.bool, device=a.device)
-    while True:
+    for k in range(TRIES):
+        share = (MARGIN * GROWTH**k * lost / whole).clamp(max=1.0)
         rest_a, rest_b = ((w - (1 - share) * held).clamp(min=0) for w, held in zip((a, b), sums, strict=True))
         *found, done = _on_allowed(plan, rest_a, rest_b, torch.finfo(kernel.dtype).eps * whole)
         new = (done & ~within)[..., None]
@@ -220,8 +220,8 @@ def _filled(plan: FeasiblePlan, marginals: tuple[Tensor, Tensor], sums: tuple[Te
         u, v = torch.where(new, found[0], u), torch.where(new, found[1], v)
         within = within | done
         if bool((within[..., None] | (share == 1)).all()):
-            return replace(plan, left=left, rest_mu=u, rest_nu=v, within=within)
-        share = (GROWTH * share).clamp(max=1.0)
+            break
+    return replace(plan, left=left, rest_mu=u, rest_nu=v, within=within)
 
 
 def _on_allowed(plan: FeasiblePlan, r: Tensor, s: Tensor, tolerance: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -190,7 +190,7 @@ def test_the_atom_of_a_batch_is_named():
         sbot.solve_bridge(a, b, eps, cost=cost, relax=1.0).cost()
 
 
-@pytest.mark.parametrize("cost", [[[0.3, 0.0], [0.1, INF]], [[0.3, 0.2], [0.1, 0.5]], [[INF, 0.2], [0.1, 0.5]]])
+@pytest.mark.parametrize("cost", [[[1, -0.5], [0.1, INF]], [[0.3, 0], [0.1, INF]], [[0.3, 0.2], [0.1, 0.5]]])
 def test_derivative_in_a_weight_of_zero_of_a_partial_plan(cost):
     """A one-sided difference, also where the atom alone reaches one that no other does."""
     cost, b = torch.tensor(cost, dtype=torch.float64), torch.tensor([0.5, 0.5], dtype=torch.float64)

@@ -216,3 +216,20 @@ def test_assignment_of_many_atoms_of_no_weight(generator):
     got = sbot.solve_bridge((x, a), (x.flip(0), a.flip(0)), 0.01).assignment()
     assert sorted(got.tolist()) == list(range(60))
     assert sorted(got[:20].tolist()) == list(range(40, 60))
+
+
+def test_atoms_of_no_weight_make_way_beside_forbidden_pairs():
+    """Only one of them may go to the last columns, and the others have to take what that leaves."""
+    cost = torch.zeros(4, 4, dtype=torch.float64)
+    cost[0, 2:], cost[2, 2:], cost[3, 3] = torch.inf, torch.inf, 1.0
+    got = sbot.solve_bridge([0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.5, 0.5], 0.1, cost=cost).assignment().tolist()
+    assert {got[1], got[3]} == {2, 3} and sorted(got) == [0, 1, 2, 3]
+
+
+def test_atoms_of_no_weight_go_to_what_stays():
+    """The last column has weight, and no atom that has some may go there."""
+    cost = torch.zeros(3, 3, dtype=torch.float64)
+    cost[1:, 2] = torch.inf
+    bridge = sbot.solve_bridge([0.0, 0.5, 0.5], [0.5, 0.5, 0.5], 0.1, cost=cost, relax=1.0)
+    assert sorted(bridge.assignment().tolist()) == [0, 1, 2]
+    assert int(bridge.assignment()[0]) == 2

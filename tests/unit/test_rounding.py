@@ -49,6 +49,10 @@ def neighbours(generator, dtype=F64):
     return cost.masked_fill((cost > reach) & (cost > reach.mT), INF), uniform(100, dtype), uniform(100, dtype)
 
 
+def objective(plan, cost, a, b, eps):
+    return float(torch.where(plan > 0, plan * ((plan / (a[:, None] * b)).log() * eps + cost), 0.0).sum())
+
+
 SPECIAL = {"labels": labels, "triangular": triangular, "neighbours": neighbours}
 
 
@@ -65,8 +69,7 @@ def test_rounded_beside_forbidden_pairs(density, eps, tolerance, bound, generato
     assert float(plan[closed].abs().sum()) == 0
     for got, want in zip((plan.sum(1), plan.sum(0), *rounded.marginals()), (a, b, a, b), strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-13)
-    entropic = torch.where(plan > 0, plan * ((plan / (a[:, None] * b)).log() * eps + cost), 0.0).sum()
-    assert float(entropic - bridge.cost()) == pytest.approx(gap, abs=1e-11)
+    assert objective(plan, cost, a, b, eps) - float(bridge.cost()) == pytest.approx(gap, abs=1e-11)
     best = sbot.solve_bridge(a, b, eps, cost=cost, solver=sbot.Sinkhorn(tol=1e-12)).cost()
     assert float(bridge.cost()) <= float(best) + 1e-12
     assert 0 <= gap < bound
@@ -85,6 +88,8 @@ def test_patterns_that_leave_little_choice(pattern, eps, dtype, generator):
     for got, want in ((plan.sum(1), a), (plan.sum(0), b)):
         torch.testing.assert_close(got, want.double(), rtol=100 * rounding_of, atol=0)
     assert 0 <= float(bridge.gap()) < (1e-6 if dtype == F64 else 1e-2)
+    if dtype == F64:
+        assert objective(plan, cost, a, b, eps) - float(bridge.cost()) == pytest.approx(float(bridge.gap()), abs=1e-13)
     assert math.isfinite(float(bridge.bounds().upper))
     if pattern == "triangular":
         torch.testing.assert_close(plan, torch.eye(6, dtype=F64) / 6, rtol=100 * rounding_of, atol=0)
@@ -103,6 +108,23 @@ def test_a_batch_is_rounded_one_by_one(generator):
         torch.testing.assert_close(rounded.plan()[k], alone.round().plan(), rtol=1e-7, atol=1e-9)
         assert float(rounded.plan()[k][torch.isinf(cost[k])].sum()) == 0
         assert float(gap[k]) < 1e-8
+
+
+def test_one_problem_of_a_batch_does_not_spoil_another(generator):
+    """Each is scaled down by no more than it needs, whatever the others do."""
+    parts = [random_pattern(generator, density, 12, 12) for density in (0.9, 0.6, 0.4, 0.25, 0.15)]
+    cost, a, b = (torch.stack(part) for part in zip(*parts, strict=True))
+    solver = sbot.Sinkhorn(tol=1e-3)
+    batch = sbot.solve_bridge(a, b, 0.01, cost=cost, solver=solver)
+    assert len(set(rounding_shares(batch))) > 1
+    for k, gap in enumerate(batch.gap()):
+        torch.testing.assert_close(batch[k].gap(), gap, rtol=1e-6, atol=0)
+
+
+def rounding_shares(bridge):
+    """By how many times what is lacking each plan of a batch was scaled down, in powers of what that grows by."""
+    left = bridge.round().left - bridge.coupling._logs[0].double()
+    return [round(math.log(-math.expm1(float(part.max()))) / math.log(rounding.GROWTH)) for part in left]
 
 
 def test_a_partial_plan_beside_forbidden_pairs(generator):
