@@ -12,7 +12,7 @@ from ..speed.records import Records, Row
 from . import goals
 from .calls import CALLS, MODULES
 from .grids import RATIOS
-from .measure import FAILED, LOOSE
+from .measure import FAILED, LOOSE, SOLVED
 
 HOW = f"""\
 Each call is written once and made on the original and, with the import changed, on sbot; every option has its default but those
@@ -21,8 +21,9 @@ then in turn, and times are medians of at least five calls; a call longer than t
 where a pipeline reads one; losses are timed with their gradient, transports with the samples that they move.
 
 *Error* is that of the result, whatever it cost: the relative L1 error of both marginals, summed; for relaxed marginals the
-relative L1 distance to the plan that its own marginals call for; for partial plans what exceeds the bounds and the mass. The
-original stops at its own default tolerance, which asks for less here and more there, so the errors stand beside the times.
+relative L1 distance to the solution (sbot's in float64, with a relative gap of at most {SOLVED:g}); for partial plans what
+exceeds the bounds and the mass. The original stops at its own default tolerance, which asks for less here and more there, so the
+errors stand beside the times.
 
 A number is the original's time over that of sbot. "~": the original ended with an error above {LOOSE:g}. "fails": it raised, or
 what it returned is not numbers or has an error above {FAILED:g}. "> t": it was stopped after so many times as long."""

@@ -15,12 +15,17 @@ from .base import LogKernel
 
 #: Entries smaller than this, of a row that sums to one, are left out.
 CUT = 1e-9
+#: Entries smaller than this are 0 in single precision: products would be denormal numbers, see `base.exp2`.
+LEAST = 2.0**-70
 #: Share of entries up to which the sparse form is made: the dense one is quicker to fill, and not much slower beyond.
 SPARSE = 0.05
 #: Entries of a tile that say whether it is full.
 SOME = 4096
 #: Entries below which a matrix is so quickly multiplied that no other form is worth making.
 SMALL = 2**16
+#: Entries up to which a model is in double precision: nothing is rounded then, and passes are saved.  Products take longer, so
+#: that where few iterations are expected there may be more entries.
+DOUBLE, DOUBLE_WHERE_FEW = 2**18, 2**21
 #: Entries of a sparse model, and of a vector, up to which products are those of arrays.
 FEW, SHORT = 2**17, 2**12
 #: Bytes of an entry of the sparse form: two values in double precision and two column numbers.
@@ -38,25 +43,25 @@ class Conditionals:
     ----------
     kernel : gives shape and device.
     memory : bytes allowed.  Where the matrix does not fit, only a sparse one is kept; where that does not fit, nothing is.
+    few : whether few iterations are expected.
     """
 
-    def __init__(self, kernel: LogKernel, memory: int) -> None:
-        self.memory = memory
+    def __init__(self, kernel: LogKernel, memory: int, few: bool = False) -> None:
+        self.memory, self.few = memory, few
         self.shape, self.batch_shape, self.device = kernel.shape, kernel.batch_shape, kernel.device
         self.pairs = math.prod(self.batch_shape) * kernel.shape[0] * kernel.shape[1]
         # products with sparse rows need MKL on a CPU
         usable = torch.backends.mkl.is_available() if self.device.type == "cpu" else self.device.type == "cuda"  # type: ignore[no-untyped-call]
         self.sparse_works = usable and not self.batch_shape
         self.most = int(min(SPARSE * self.pairs, memory / SPARSE_BYTES))
-        # few entries are not worth the casts
-        few = self.pairs <= 4 * SMALL
-        kept = torch.float64 if few and 8 * self.pairs <= memory else torch.float32
+        small = self.pairs <= (DOUBLE_WHERE_FEW if few else DOUBLE)
+        kept = torch.float64 if small and 8 * self.pairs <= memory else torch.float32
         fits = kept.itemsize * self.pairs <= memory
         self.dense = torch.empty((*self.batch_shape, *self.shape), dtype=kept, device=self.device) if fits else None
         self._unrounded = kept == kernel.dtype == torch.float64
         # a pass may be made in place: where it is sure to stay, or so small that it is no loss where it does not
         whole = not self.batch_shape or kernel.whole
-        self._in_place = fits and kept == kernel.dtype and whole and kernel.by_rows and (few or not self.sparse_works)
+        self._in_place = fits and kept == kernel.dtype and whole and kernel.by_rows and (small or not self.sparse_works)
         self._pieces: list[tuple[Tensor, Tensor, Tensor]] | None = None
         self._rows: Tensor | None = None
         self._columns: Tensor | None = None
@@ -65,7 +70,7 @@ class Conditionals:
 
     def like(self, kernel: LogKernel) -> Conditionals:
         """An empty one for another kernel, with the same memory."""
-        return Conditionals(kernel, self.memory)
+        return Conditionals(kernel, self.memory, self.few)
 
     @property
     def possible(self) -> bool:
@@ -112,6 +117,8 @@ class Conditionals:
                 return True
             self._recover(rows, placed)
         if self.dense is not None and not placed:
+            if tile.dtype != self.dense.dtype:
+                tile = torch.threshold_(tile, LEAST, 0.0)
             self.dense[..., rows, :].copy_(tile)
         return self.dense is not None
 
@@ -190,7 +197,11 @@ class Conditionals:
         out = torch.zeros((*self.batch_shape, self.shape[1]), dtype=torch.float64, device=self.device)
         step = max(1, 2**20 // max(1, self.pairs // self.shape[0]))
         for start in range(0, self.shape[0], step):
-            part = self.dense[..., start : start + step, :].square()
+            part = self.dense[..., start : start + step, :]
+            if part.dtype == torch.float32:
+                # squares of smaller ones would be denormal
+                part = torch.threshold(part, 2.0**-60, 0.0)
+            part = part.square()
             out += linalg.product(part.mT, w[..., start : start + step].to(part.dtype))
         return out
 

@@ -28,6 +28,10 @@ from ..kernels import same
 from ..partial import Merged
 from .halfsteps import Check, HalfSteps, State, Step
 
+#: Entries of conditional laws that are nothing, as products of smaller ones may be denormal numbers, see `kernels.base.exp2`; and
+#: what entries of a matrix to be factorised are at least, over its diagonal.
+NOTHING, LEAST = 1e-100, 1e-30
+
 
 @dataclass(frozen=True)
 class Newton(Step):
@@ -132,11 +136,14 @@ class Newton(Step):
             part = law.double()
             # with its own sums S is positive semi-definite whatever the rounding
             part /= part.sum(-1, keepdim=True).clamp(min=torch.finfo(part.dtype).tiny)
+            part = torch.threshold_(part, NOTHING, 0.0)
             s.addmm_(part.mT, part * (lam * r)[rows, None], alpha=-1)
             whole += part.mT @ r[rows]
         if not math.isinf(state.rho[1]):
             whole = whole + state.unit / state.rho[1] * goal
         s.diagonal().add_(torch.where(whole > 0, whole, 1.0))
+        # far below rounding: else what goes from group to group would be denormal in the factor
+        s.addr_(whole.sqrt(), whole.sqrt(), alpha=-LEAST)
         ridge = 1e-6 * state.error()
         while 0 < ridge < 1:
             raised = s.clone()

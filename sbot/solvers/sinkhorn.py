@@ -34,8 +34,8 @@ from .schedule import Schedule
 
 #: Iterations that a stage before the last may take: it only has to be near.
 STAGE_LIMIT = 100
-#: First eps of the annealing, in units of the mean cost: above it half-steps need no help.
-START = 0.1
+#: First eps of the annealing, in units of the mean cost: above it half-steps need no help.  And from which on few are needed.
+START, MILD = 0.1, 0.05
 #: Atoms on a side of the coarsest problem that starts a streamed one, and the marginal error it is left at.
 COARSEST, COARSE = 4096, 1e-2
 #: Atoms in a cell of the problem just before a streamed one, at least, and the marginal error that it is left at.
@@ -216,6 +216,7 @@ class Sinkhorn(Solver):
         self._require_tile(kernel)
         a, b = _taking_part(problem, kernel)
         mean, largest = kernel.scale()
+        mild = bool((as_eps(problem.eps, mean) >= MILD * mean).all())
         if not bool(torch.isfinite(largest).all()):
             remedy = f"rescale the points (and eps){wider(problem.dtype, ' or use float64')}"
             raise NumericalError(f"the cost overflows this dtype; {remedy}")
@@ -231,7 +232,8 @@ class Sinkhorn(Solver):
         if self.anneal is not None:
             stages = list(self.anneal.stages(start, eps, goal.tolerance))
         taken = kernel.stored.numel() * kernel.dtype.itemsize if isinstance(kernel, DenseKernel) else 0
-        model = Conditionals(kernel, max(0, self.memory - (0 if isinstance(problem.cost, MatrixCost) else taken)))
+        room = max(0, self.memory - (0 if isinstance(problem.cost, MatrixCost) else taken))
+        model = Conditionals(kernel, room, few=mild)
         state = State(kernel, a, b, problem.relax, g, model if model.possible else None, slack=goal.slack)
         state.mass = None if problem.mass is None else problem.mass.detach()
         where = "stored" if isinstance(kernel, DenseKernel) else "computed by tiles"

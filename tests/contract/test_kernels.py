@@ -201,6 +201,51 @@ def test_conditionals_are_the_matrix_they_were_shown(size, spread, generator):
     torch.testing.assert_close(model.squares(u), (law**2).T @ u, **accuracy)
 
 
+def in_between(law, least):
+    """Entries that are neither 0 nor as large as ``least``."""
+    return int(((law > 0) & (law < least)).count_nonzero())
+
+
+def test_nothing_denormal_is_multiplied(generator):
+    """Denormal numbers cost some processors a hundred times as much: single precision has 0 in their place."""
+    x, y = clouds(600, 600, 2, generator)
+    eps, bias = 0.02, torch.zeros(600, dtype=torch.float64)
+    law = (-Quadratic().matrix(x, y) / eps).softmax(-1)
+    tiny = torch.finfo(torch.float32).tiny
+    assert in_between(law.float(), tiny) > 0
+    model = Conditionals(DenseKernel(law), 2**30)
+    model.open()
+    assert model.keep(slice(0, 600), law.clone())
+    assert model.close() and model.dense.dtype == torch.float32 and not model.sparse
+    assert in_between(model.dense, 1e-22) == 0
+    assert in_between(model.dense.square(), tiny) > 0  # which `squares` leaves out
+    weight = torch.rand(600, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(model.squares(weight), (law**2).mT @ weight, rtol=1e-5, atol=1e-12)
+    # never more than the column has of the plan, however little that is
+    model.dense[:, 0] = 1e-20
+    assert float(model.squares(weight)[0]) <= 1e-20 * float(model.transposed_times(weight)[0]) * (1 + 1e-5)
+    for name, kernel in backends(Quadratic(), x.float(), y.float()).items():
+        lse = kernel.reduce(bias.float(), eps)[0]
+        got = torch.cat([tile.clone() for _, tile in kernel.softmax_tiles(bias.float(), eps, lse)])
+        assert in_between(got, 1e-28) == 0, name
+        torch.testing.assert_close(got.double(), law, rtol=2e-4, atol=1e-27, msg=name)
+
+
+def test_what_is_forbidden_is_zero_in_single_precision():
+    kernel = DenseKernel(torch.tensor([[0.0, torch.inf], [1.0, 0.0]]))
+    lse = kernel.reduce(torch.zeros(2), 0.1)[0]
+    _, tile = next(kernel.softmax_tiles(torch.zeros(2), 0.1, lse))
+    assert float(tile[0, 1]) == 0
+
+
+def test_a_model_is_double_where_it_is_small_or_few_iterations_are_expected():
+    for size, few, kept in ((500, False, torch.float64), (600, False, torch.float32), (600, True, torch.float64)):
+        kernel = DenseKernel(torch.zeros(size, size, dtype=torch.float64))
+        model = Conditionals(kernel, 2**30, few)
+        assert model.dense.dtype == model.like(kernel).dense.dtype == kept
+    assert Conditionals(kernel, 4 * 600 * 600, few=True).dense.dtype == torch.float32  # where it has room
+
+
 def test_without_room_only_a_sparse_model_or_none_is_kept(generator):
     kernel = DenseKernel(torch.zeros(600, 600, dtype=torch.float64))
     model = Conditionals(kernel, 600 * 64)

@@ -51,8 +51,18 @@ class Case:
 
 ONLY_HALF_STEPS = {"sinkhorn._next": lambda step, *_: step}
 FEW_HALF_STEPS = {"sinkhorn.RUN": 1}
-SINGLE = {"conditionals.SMALL": 0, "conditionals.SPARSE": 0.0}
-SPARSE = {"conditionals.SMALL": 0, "conditionals.SPARSE": 0.9}
+SINGLE = {
+    "conditionals.SMALL": 0,
+    "conditionals.DOUBLE": 0,
+    "conditionals.DOUBLE_WHERE_FEW": 0,
+    "conditionals.SPARSE": 0.0,
+}
+SPARSE = {
+    "conditionals.SMALL": 0,
+    "conditionals.DOUBLE": 0,
+    "conditionals.DOUBLE_WHERE_FEW": 0,
+    "conditionals.SPARSE": 0.9,
+}
 COARSE = {"sinkhorn.COARSEST": 20}
 BIG = {"n": 120, "m": 90, "rel": 0.1}
 

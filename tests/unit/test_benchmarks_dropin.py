@@ -6,6 +6,7 @@ import importlib.util
 import warnings
 
 import numpy as np
+import ot
 import pytest
 from click.testing import CliRunner
 
@@ -39,6 +40,12 @@ def test_a_wrong_plan_is_seen():
     assert measure.error("balanced", data, independent) < 1e-12  # its marginals are right
     assert measure.error("balanced", data, 0.9 * independent) == pytest.approx(0.2)
     assert measure.error("relaxed", data, independent) > 0.1
+    rho, reg = measure.RELAX * float(data.top), data.reg
+    solved = ot.unbalanced.sinkhorn_unbalanced(
+        data.a, data.b, data.M, reg, rho, method="sinkhorn_translation_invariant", numItermax=100_000, stopThr=1e-14
+    )
+    assert measure.error("relaxed", data, solved) < 1e-7
+    assert measure.error("relaxed", data, 1.01 * solved) == pytest.approx(0.01, abs=1e-6)
     assert measure.error("partial", data, MASS * independent) < 1e-12
     assert measure.error("partial", data, independent) == pytest.approx((1 - MASS) / MASS)
     assert np.isnan(measure.error("balanced", data, np.nan * independent))

@@ -78,12 +78,12 @@ def test_zero_weights_and_forbidden_pairs(generator):
     bounds = bridge.bounds()
     exact = float(ot.emd2(a[a > 0].numpy(), b.numpy(), torch.where(c.isinf(), 1e3, c)[a > 0].numpy()))
     assert exact - 0.2 <= float(bounds.lower) <= exact + 1e-9
-    assert float(bounds.upper) >= exact - 1e-9
+    assert exact - 1e-9 <= float(bounds.upper) <= exact + 0.2
     rough = sbot.solve_bridge(a, b, 0.02, cost=c, solver=sbot.Sinkhorn(tol=0.5)).bounds()
     assert math.isfinite(float(rough.lower))
     assert float(rough.lower) <= exact + 1e-9
-    assert float(rough.upper) == INF
-    assert float(rough.gap) == INF
+    assert exact - 1e-9 <= float(rough.upper) < 1e3
+    assert float(rough.gap) == float(rough.upper - rough.lower)
 
 
 @pytest.mark.parametrize("tol", [0.5, 1e-2, 1e-9])

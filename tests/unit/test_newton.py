@@ -96,7 +96,8 @@ def test_every_step_ends_at_the_plain_solution(name, rho, batch, generator):
 def test_the_default_agrees_with_the_plain_solve(rel, sparse, generator, monkeypatch):
     """Also when the model of the plan is sparse, which small problems are spared."""
     if sparse:
-        monkeypatch.setattr("sbot.kernels.conditionals.SMALL", 0)
+        for limit in ("SMALL", "DOUBLE", "DOUBLE_WHERE_FEW"):
+            monkeypatch.setattr(f"sbot.kernels.conditionals.{limit}", 0)
         monkeypatch.setattr("sbot.kernels.conditionals.SPARSE", 0.6)
     x, y = clouds(60, 50, 2, generator)
     a, b = weights(60, generator=generator), weights(50, generator=generator)
@@ -285,6 +286,23 @@ def test_the_factorised_step_solves_the_schur_complement(rho, generator):
     assert short is not None
     assert float(short.abs().max()) <= 0.9 * float(z.abs().max())
     assert float(short @ rest) > 0  # and the dual rises along it
+
+
+def test_no_factor_has_denormal_numbers(monkeypatch):
+    """Along a chain of weak ties the entries of a factor fall for ever: what is denormal takes a hundred times as long."""
+    x = torch.linspace(0, 1, 200, dtype=torch.float64)[:, None]
+    kernel, a = DenseKernel(half_squares(x, x)), torch.full((200,), 1 / 200, dtype=torch.float64)
+    state = State(kernel, a, a, (INF, INF), torch.zeros_like(a), Conditionals(kernel, 2**30))
+    state.eps = 5e-7
+    state.settle()
+    factors, plain = [], torch.linalg.cholesky_ex
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda s: factors.append(plain(s)) or factors[-1])
+    rest = torch.randn(200, generator=torch.Generator().manual_seed(0)).double()
+    z = Newton(trust=1e12).solution(state, 1e-9 * (rest - rest.mean()))
+    assert z is not None and len(factors) > 0
+    size = factors[-1][0].abs()
+    assert int(((size > 0) & (size < 1e-300)).sum()) == 0
+    assert float(size[-1, 0]) > 0
 
 
 @pytest.mark.parametrize("eps", [1e-3, 1e-4])

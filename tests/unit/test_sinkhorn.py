@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import sbot
+from sbot.solvers import sinkhorn
 from sbot.solvers.schedule import Schedule
 
 from ..conftest import clouds, half_squares, kl, weights
@@ -419,3 +420,19 @@ def test_warnings_point_at_the_caller(generator):
     with pytest.warns(sbot.PrecisionWarning) as caught:
         sbot.solve_bridge(x.float(), y.float(), 0.5, solver=sbot.Sinkhorn(tol=1e-9))
     assert {one.filename for one in caught} == {__file__}
+
+
+@pytest.mark.parametrize(("rel", "passes"), [(0.1, True), (0.02, False)])
+def test_at_mild_eps_one_pass_is_enough(rel, passes, generator, monkeypatch):
+    """There the model is in double precision, lacks nothing, and no pass has to confirm it; also from a start."""
+    models, plain = [], sinkhorn.Conditionals
+    monkeypatch.setattr(
+        sinkhorn, "Conditionals", lambda *given, **more: models.append(plain(*given, **more)) or models[-1]
+    )
+    x = torch.randn(700, 2, generator=generator, dtype=torch.float64)
+    y = torch.randn(700, 2, generator=generator, dtype=torch.float64)
+    mean = float(torch.cdist(x, y).square().mean()) / 2
+    bridge = sbot.solve_bridge(x, y, rel * mean)
+    for one in (bridge, sbot.solve_bridge(x, y, rel * mean * 0.99, init=bridge)):
+        assert any("; 1 passes" in note for note in one.report.notes) == passes
+    assert [model.dense.dtype == torch.float64 for model in models] == [passes] * 2

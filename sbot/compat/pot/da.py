@@ -22,6 +22,8 @@ __getattr__ = forwarder("da")
 #: The label of a sample whose class is not known.
 MISSING_LABEL = -1
 MAPS = ("ferradans", "continuous")
+#: Iterations of `sinkhorn_unbalanced` that one of an `UnbalancedSinkhornTransport` stands for: its default is 10 of them.
+EACH = 10
 
 
 def distribution_estimation_uniform(X: Any) -> Any:
@@ -276,7 +278,7 @@ class SinkhornTransport(BaseTransport):
 
 
 class UnbalancedSinkhornTransport(BaseTransport):
-    """Domain adaptation by the plan of `ot.unbalanced.sinkhorn_unbalanced`."""
+    """Domain adaptation by the plan of `ot.unbalanced.sinkhorn_unbalanced`; ``max_iter`` counts tens of its iterations."""
 
     def __init__(
         self,
@@ -310,7 +312,7 @@ class UnbalancedSinkhornTransport(BaseTransport):
             self.reg_e,
             self.reg_m,
             method=self.method,
-            numItermax=self.max_iter,
+            numItermax=EACH * self.max_iter,
             stopThr=self.tol,
             verbose=self.verbose,
             log=self.log,
