@@ -166,7 +166,7 @@ class Conditionals:
             if len(self._rows.values()) > FEW or max(self.shape) > SHORT:
                 return self, same, same
             self._arrays = self._arrays or _Arrays(_as_scipy(self._rows), _as_scipy(self._columns))
-        elif self.dense is not None and self.dense.dtype == torch.float64:
+        elif self.dense is not None and self.dense.dtype == torch.float64 and self.pairs <= DOUBLE:
             laws = self.dense.numpy()
             self._arrays = self._arrays or _Arrays(laws, laws.T)
         return (self, same, same) if self._arrays is None else (self._arrays, Tensor.numpy, torch.from_numpy)
