@@ -67,7 +67,8 @@ def _missed(records: Records) -> str:
     if not rows:
         return f"{wanted} No cell misses one."
     head = ["cloud", "n", "d", "eps / mean cost", "dtype", "missed"]
-    return f"{wanted} Missed or not shown:\n\n{report.table(head, rows)}"
+    why = "why, says docs/sinkhorn.md under *Measured*"
+    return f"{wanted} Missed or not shown ({why}):\n\n{report.table(head, rows)}"
 
 
 def _cells(records: Records, cells: list[tuple[Row, list[Row]]], dtype: str) -> str:
