@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import sbot.compat.pot as ot
-from sbot import InvalidProblem, Unsupported
+from sbot import InvalidProblem, Sinkhorn, Unsupported, solve_bridge
 
 MODULES = ("bregman", "unbalanced", "solvers", "batch", "da", "utils", "partial")
 PLANS = ("sinkhorn", "sinkhorn_log", "sinkhorn_stabilized", "sinkhorn_epsilon_scaling", "greenkhorn")
@@ -740,3 +740,23 @@ def test_arrays_of_other_libraries_go_to_pot(problem):
     with pytest.raises(ValueError, match="NumPy arrays, torch tensors and lists"):
         ot.sinkhorn(a, b, object(), 0.1)
     assert issubclass(InvalidProblem, ValueError)
+
+
+def test_unbalanced_transport_gets_the_iterations_it_needs():
+    """Its default of ten, of POT's, is far too few at small reg; what they stand for here is not."""
+    rng = np.random.default_rng(0)
+    xs, xt = rng.normal(size=(120, 2)), 0.7 * rng.normal(size=(110, 2)) + 1
+    top = ((xs[:, None] - xt) ** 2).sum(-1).max()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made = ot.da.UnbalancedSinkhornTransport(reg_e=1e-4 * top, reg_m=0.1 * top).fit(Xs=xs, Xt=xt)
+    cost = torch.from_numpy(((xs[:, None] - xt) ** 2).sum(-1))
+    want = solve_bridge(
+        torch.full((120,), 1 / 120, dtype=torch.float64),
+        torch.full((110,), 1 / 110, dtype=torch.float64),
+        1e-4 * float(top),
+        cost=cost,
+        relax=0.1 * float(top),
+        solver=Sinkhorn(tol=1e-11),
+    ).plan()
+    np.testing.assert_allclose(made.coupling_, want.numpy(), rtol=0, atol=1e-9)
