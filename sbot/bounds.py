@@ -38,7 +38,7 @@ class Bounds(NamedTuple):
 
     @property
     def gap(self) -> Tensor:
-        """``upper - lower``, ``(*b,)``; infinite where the plan from above would need a forbidden pair."""
+        """``upper - lower``, ``(*b,)``; infinite where no feasible plan was found beside forbidden pairs."""
         return self.upper - self.lower
 
 

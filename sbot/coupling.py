@@ -333,7 +333,8 @@ class DiscreteCoupling(Coupling):
         held, unit = linalg.plain(eps), along(eps, 1)
         lse = kernel.reduce(_log_weights(b.detach(), g, unit), eps)[0]
         # row sums of P over a; none where there is no weight, as the potential is no dual variable there
-        density = torch.exp(torch.where((a.detach() > 0) & torch.isfinite(f), f / unit + lse, -torch.inf))
+        live = (a.detach() > 0) & torch.isfinite(f)
+        density = torch.exp(torch.where(live, torch.where(live, f, 0.0) / unit + lse, -torch.inf))
         mass_a, mass_b = a.detach().sum(-1, keepdim=True), b.detach().sum(-1, keepdim=True)
         total = (a.detach() * _finite(term_a + unit * (mass_b - density))).sum(-1) + (b.detach() * _finite(term_b)).sum(
             -1

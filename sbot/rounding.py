@@ -23,8 +23,11 @@ ATOMS_ONLY = (
 #: Beside forbidden pairs: by how many times the mass that is missing a plan is scaled down at first, by how many times more
 #: where this leaves no way to fill it up, and how often that is tried: from rounding to all of it.
 MARGIN, GROWTH, TRIES = 8.0, 32.0, 12
-#: Iterations of filling up between looks at the error, looks, and those in which the error has to fall to half.
-LOOK, ROUNDS, PATIENCE = 4, 128, 8
+#: Iterations of filling up between looks at the error, looks after which it has to have fallen to nine tenths, and iterations in
+#: all, where the pattern is kept and where it streams.
+LOOK, PATIENCE, KEPT, STREAMED = 4, 8, 4096, 128
+#: What a plan may lack of its mass, in L1: rounding of float64 sums.
+ROUNDED = 1e-14
 #: Pairs up to which those of no use are looked for.
 PAIRS = 4_000_000
 
@@ -44,8 +47,8 @@ class FeasiblePlan:
     ----------
     left, right : ``(*b, n)`` and ``(*b, m)``.
     rest_mu, rest_nu : the factors of the second term.
-    within : ``(*b,)``, whether the second term is on allowed pairs only; None where all are.  Where it is not, as none was found
-        that is, the cost is infinite.
+    within : ``(*b,)``, whether the second term is on allowed pairs only: where none was found, the cost is infinite.  None where
+        no pair is forbidden.
     parts : ``(*b, n)`` and ``(*b, m)``, the numbers of the parts between which nothing may go; None where there is one.
 
     Examples
@@ -172,12 +175,23 @@ def feasible(
         return plan
     found = _filled(plan, (a, b), full)
     assert found.within is not None
-    if bool(found.within.all()) or a.shape[-1] * b.shape[-1] > PAIRS:
+    if bool(found.within.all()) or a.shape[:-1].numel() * a.shape[-1] * b.shape[-1] > PAIRS:
         return found
     # the allowed pairs of no use stand in the way
-    first = replace(plan, rest_mu=torch.zeros_like(a), parts=_parts(plan, rest_a.sum(-1), found.within))
-    full = first.marginals()
-    return _filled(replace(first, rest_mu=plan.rest_mu), (a, b), full)
+    parts = _parts(plan, rest_a.sum(-1), found.within)
+    first = replace(plan, rest_mu=torch.zeros_like(a), parts=parts)
+    again = _filled(first, (a, b), first.marginals())
+    assert again.within is not None
+    # where they do not help the plan is the one without parts
+    new = (again.within & ~found.within)[..., None]
+    return replace(
+        found,
+        left=torch.where(new, again.left, found.left),
+        rest_mu=torch.where(new, again.rest_mu, found.rest_mu),
+        rest_nu=torch.where(new, again.rest_nu, found.rest_nu),
+        within=again.within | found.within,
+        parts=(torch.where(new, parts[0], 0), torch.where(new, parts[1], 0)),
+    )
 
 
 def _parts(plan: FeasiblePlan, lost: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,57 +220,77 @@ def _parts(plan: FeasiblePlan, lost: Tensor, whole: Tensor) -> tuple[Tensor, Ten
 
 def _filled(plan: FeasiblePlan, marginals: tuple[Tensor, Tensor], sums: tuple[Tensor, Tensor]) -> FeasiblePlan:
     """The plan filled up on allowed pairs, where a way is found; ``sums`` are those of its first term."""
-    (a, b), kernel = marginals, plan.kernel
+    a, b = marginals
     whole = a.sum(-1, keepdim=True)
     lost = torch.maximum(*((w - held).clamp(min=0).sum(-1, keepdim=True) for w, held in zip((a, b), sums, strict=True)))
     left, u, v = plan.left, plan.rest_mu, plan.rest_nu
     within = torch.zeros(a.shape[:-1], dtype=torch.bool, device=a.device)
+    pattern, rounds = _Pattern(plan), 0
     for k in range(TRIES):
         share = (MARGIN * GROWTH**k * lost / whole).clamp(max=1.0)
         rest_a, rest_b = ((w - (1 - share) * held).clamp(min=0) for w, held in zip((a, b), sums, strict=True))
-        *found, done = _on_allowed(plan, rest_a, rest_b, torch.finfo(kernel.dtype).eps * whole)
+        # the masses of both sides are equal but for rounding, which no filling could make up for
+        rest_b = rest_b * (rest_a.sum(-1, keepdim=True) / rest_b.sum(-1, keepdim=True).clamp(min=TINY))
+        *found, done, used = _on_pattern(pattern, rest_a, rest_b, ROUNDED * whole[..., 0], pattern.most - rounds)
+        rounds += used
         new = (done & ~within)[..., None]
         left = torch.where(new, plan.left + torch.log1p(-share), left)
         u, v = torch.where(new, found[0], u), torch.where(new, found[1], v)
         within = within | done
-        if bool((within[..., None] | (share == 1)).all()):
+        if bool((within[..., None] | (share == 1)).all()) or rounds >= pattern.most:
             break
     return replace(plan, left=left, rest_mu=u, rest_nu=v, within=within)
 
 
-def _on_allowed(plan: FeasiblePlan, r: Tensor, s: Tensor, tolerance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``u`` and ``v`` such that ``u_i v_j`` on the allowed pairs has sums r and s, and whether it does, ``(*b,)``.
+class _Pattern:
+    """The pairs of a plan between which something may go, as a matrix of ones and zeros: kept where it is small."""
 
-    Sinkhorn's iterations on the pattern, given up where they do not get there soon.
+    def __init__(self, plan: FeasiblePlan) -> None:
+        self._sides = plan, replace(plan, kernel=plan.kernel.T, parts=None if plan.parts is None else plan.parts[::-1])
+        kernel = plan.kernel
+        kept = plan.left.numel() * kernel.shape[1] <= PAIRS
+        every = slice(0, kernel.shape[0])
+        self._kept = plan.open(every, kernel.entries(every)).to(plan.left) if kept else None
+        #: iterations that it may be used for
+        self.most = KEPT if kept else STREAMED
+
+    def sums(self, v: Tensor, side: int) -> Tensor:
+        """``sum_j v_j`` over the pairs of each row, or of each column for ``side`` 1."""
+        if self._kept is not None:
+            return ((self._kept if side == 0 else self._kept.mT) @ v[..., None])[..., 0]
+        plan = self._sides[side]
+        plan.kernel.copies = COPIES
+        out = v.new_empty((*v.shape[:-1], plan.kernel.shape[0]))
+        for rows in plan.kernel.tiles():
+            out[..., rows] = (plan.open(rows, plan.kernel.entries(rows)).to(v) @ v[..., None])[..., 0]
+        return out
+
+
+def _on_pattern(
+    pattern: _Pattern, r: Tensor, s: Tensor, tolerance: Tensor, most: int
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """``u`` and ``v`` such that ``u_i v_j`` on the pattern has sums r and s, whether it does, ``(*b,)``, and the iterations.
+
+    Sinkhorn's iterations, over-relaxed, and given up where they do not get there soon.
     """
-    turned = replace(plan, kernel=plan.kernel.T, parts=None if plan.parts is None else plan.parts[::-1])
-    u, v, best, pace = torch.ones_like(r), s, torch.full_like(r[..., 0], torch.inf), Pace(torch.ones_like(r[..., 0]))
-    for k in range(ROUNDS):
+    u, v, best, pace = torch.ones_like(r), s, torch.full_like(tolerance, torch.inf), Pace(torch.ones_like(tolerance))
+    used, done = 0, torch.zeros_like(tolerance, dtype=torch.bool)
+    while used < most:
         for left in reversed(range(LOOK)):
             omega = pace.omega
-            u = half_step(u, r, _open_sums(plan, v) + TINY, 1.0, omega)
+            u = half_step(u, r, pattern.sums(v, 0) + TINY, 1.0, omega)
             # exact where the error is looked at
-            v = half_step(v, s, _open_sums(turned, u) + TINY, 1.0, omega if left else None)
-        error = (u * _open_sums(plan, v) - r).abs().sum(-1)
-        done = error <= tolerance[..., 0]
-        if bool(done.all()):
+            v = half_step(v, s, pattern.sums(u, 1) + TINY, 1.0, omega if left else None)
+        error = (u * pattern.sums(v, 0) - r).abs().sum(-1)
+        done, used = error <= tolerance, used + LOOK
+        if bool(done.all()) or not bool(torch.isfinite(error).all()):
             break
         pace.look(error, LOOK)
-        if k % PATIENCE == 0:
-            if bool((done | ~(error <= best / 2)).all()):
+        if used % (LOOK * PATIENCE) == LOOK:
+            if bool((done | ~(error <= 0.9 * best)).all()):
                 break
             best = error
-    return u, v, done
-
-
-def _open_sums(plan: FeasiblePlan, v: Tensor) -> Tensor:
-    """``sum_j v_j`` over the pairs of each row between which something may go."""
-    kernel = plan.kernel
-    kernel.copies = COPIES
-    out = v.new_empty((*v.shape[:-1], kernel.shape[0]))
-    for rows in kernel.tiles():
-        out[..., rows] = (plan.open(rows, kernel.entries(rows)).to(v) @ v[..., None])[..., 0]
-    return out
+    return u, v, done, used
 
 
 @final

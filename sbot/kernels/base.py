@@ -237,7 +237,8 @@ class LogKernel(ABC):
         unit = eps * LN2
         column, offset = self.column(bias / LN2, unit), self.offset(unit)
         floor = FLOOR[self.dtype]
-        flat, deep = self._flat(bias, eps), self._depth(bias, eps) > -floor
+        flat = self._flat(bias, eps)
+        deep = not flat and self._depth(bias, eps) > -floor
         given = not isinstance(power, Tensor) and power == 0
         with torch.no_grad(), linalg.full_precision():
             for rows in self.tiles():

@@ -59,6 +59,8 @@ class Conditionals:
         fits = kept.itemsize * self.pairs <= memory
         self.dense = torch.empty((*self.batch_shape, *self.shape), dtype=kept, device=self.device) if fits else None
         self._unrounded = kept == kernel.dtype == torch.float64
+        #: whether entries below `LEAST` are missing, which may be all of a column
+        self.cut = kept == torch.float32 and kernel.dtype == torch.float64
         # a pass may be made in place: where it is sure to stay, or so small that it is no loss where it does not
         whole = not self.batch_shape or kernel.whole
         self._in_place = fits and kept == kernel.dtype and whole and kernel.by_rows and (small or not self.sparse_works)
@@ -117,7 +119,7 @@ class Conditionals:
                 return True
             self._recover(rows, placed)
         if self.dense is not None and not placed:
-            if tile.dtype != self.dense.dtype:
+            if self.cut:
                 tile = torch.threshold_(tile, LEAST, 0.0)
             self.dense[..., rows, :].copy_(tile)
         return self.dense is not None

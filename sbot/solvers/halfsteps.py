@@ -413,6 +413,7 @@ class HalfSteps(Step):
         u, v, sums = as_vector(torch.ones_like(r)), as_vector(torch.ones_like(goal)), as_vector(r)
         found = columns
         whole = as_vector(goal.sum(-1) * state.slack)
+        lacking = _lacking(state, near)
         done, seen, stop, spread, worst = 0, 0, False, 0.0, math.inf
         while done < most and not stop:
             look = done == 1 or done % self.every == self.every - 1 or done == most - 1
@@ -424,7 +425,7 @@ class HalfSteps(Step):
                 u = half_step(u, 1.0, sums, lam_a, None if look else omega)
             else:
                 u = (state.lower(state.lse + sums.log()) - state.height).exp_()
-            columns = _columns(products, u, weights, found, near)
+            columns = _columns(products, u, weights, found, near, lacking)
             done += 1
             if look:
                 log_v = None if hard and not state.zeros else torch.where(state.live[1], as_tensor(v).log(), 0.0)
@@ -432,6 +433,8 @@ class HalfSteps(Step):
                 if not 0 < low <= high < math.inf:
                     return Exact().advance(state, most, check)
                 spread = max(math.log(high), -math.log(low))
+                if spread > 4 * RANGE:
+                    return Exact().advance(state, most, check)
                 if spread > (TRUST if model.sparse else RANGE):
                     break
                 if log_v is None:
@@ -468,7 +471,7 @@ class HalfSteps(Step):
         model, near = state.model, _near(state)
         assert model is not None
         u = (state.lower(state.lse + _sums(model, v, near).log()) - state.height).exp_()
-        return state.rise(_columns(model, u, state.rows, state.columns + TINY, near).log())
+        return state.rise(_columns(model, u, state.rows, state.columns + TINY, near, _lacking(state, near)).log())
 
     def _paced(self, state: State) -> Pace:
         """The pace of the last run where it goes on."""
@@ -492,8 +495,18 @@ def _sums(products: Any, v: Any, near: bool) -> Any:
     return (1 + products.times(v - 1)).clip(min=TINY) if near else products.times(v)
 
 
-def _columns(products: Any, u: Any, weights: Any, found: Any, near: bool) -> Any:
-    """``K' (r u)``, never zero, of tensors or arrays; with ``found`` for ``K' r``."""
+def _lacking(state: State, near: bool) -> Any:
+    """What the pass found of columns whose entries are too small for the model: they are taken to stay as they are."""
+    model = state.model
+    assert model is not None
+    if near or not model.cut or model.sparse:
+        return TINY
+    held = model.transposed_times(state.rows)
+    return torch.where(held < state.columns / 2, state.columns - held, 0.0) + TINY
+
+
+def _columns(products: Any, u: Any, weights: Any, found: Any, near: bool, lacking: Any) -> Any:
+    """``K' (r u)``, never zero, of tensors or arrays; with ``found`` for ``K' r``, and ``lacking`` of it."""
     if near:
         return (found + products.transposed_times(weights * (u - 1))).clip(min=TINY)
-    return products.transposed_times(weights * u) + TINY
+    return products.transposed_times(weights * u) + lacking

@@ -30,7 +30,7 @@ from .halfsteps import Check, HalfSteps, State, Step
 
 #: Entries of conditional laws that are nothing, as products of smaller ones may be denormal numbers, see `kernels.base.exp2`; and
 #: what entries of a matrix to be factorised are at least, over its diagonal.
-NOTHING, LEAST = 1e-100, 1e-30
+NOTHING, TIE = 1e-100, 1e-30
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Newton(Step):
             whole = whole + state.unit / state.rho[1] * goal
         s.diagonal().add_(torch.where(whole > 0, whole, 1.0))
         # far below rounding: else what goes from group to group would be denormal in the factor
-        s.addr_(whole.sqrt(), whole.sqrt(), alpha=-LEAST)
+        s.addr_(whole.sqrt(), whole.sqrt(), alpha=-TIE)
         ridge = 1e-6 * state.error()
         while 0 < ridge < 1:
             raised = s.clone()

@@ -205,3 +205,17 @@ def test_derivative_in_a_weight_of_zero_of_a_partial_plan(cost):
     h = 1e-6
     at, ahead, further = float(at.detach()), float(value(h)[1]), float(value(2 * h)[1])
     assert float(slope) == pytest.approx((4 * ahead - further - 3 * at) / (2 * h), rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_derivative_in_eps_beside_an_atom_that_stays(flipped):
+    cost = torch.tensor([[INF, INF, INF], [0.2, 0.5, 0.1], [0.3, 0.1, 0.9]], dtype=torch.float64)
+    a, b = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64), torch.tensor([0.3, 0.3, 0.4], dtype=torch.float64)
+
+    def value(eps):
+        given = (b, a, eps) if flipped else (a, b, eps)
+        return sbot.solve_bridge(*given, cost=cost.mT if flipped else cost, relax=1.0, solver=TIGHT).cost()
+
+    eps = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(value(eps), eps)
+    assert float(slope) == pytest.approx(float(value(0.1001) - value(0.0999)) / 2e-4, rel=1e-5)

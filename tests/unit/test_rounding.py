@@ -86,7 +86,9 @@ def test_patterns_that_leave_little_choice(pattern, eps, dtype, generator):
     rounding_of = torch.finfo(dtype).eps
     assert float(plan[torch.isinf(cost)].abs().sum()) == 0
     for got, want in ((plan.sum(1), a), (plan.sum(0), b)):
-        torch.testing.assert_close(got, want.double(), rtol=100 * rounding_of, atol=0)
+        torch.testing.assert_close(
+            got, want.double(), rtol=10 * rounding_of if dtype == torch.float32 else 0, atol=1e-14
+        )
     assert 0 <= float(bridge.gap()) < (1e-6 if dtype == F64 else 1e-2)
     if dtype == F64:
         assert objective(plan, cost, a, b, eps) - float(bridge.cost()) == pytest.approx(float(bridge.gap()), abs=1e-13)
@@ -137,14 +139,55 @@ def test_a_partial_plan_beside_forbidden_pairs(generator):
     assert 0 <= float(bridge.gap()) < 1e-7
 
 
-def test_where_no_way_is_found_nothing_is_promised(generator, monkeypatch):
+@pytest.mark.parametrize("pattern", SPECIAL)
+def test_where_no_way_is_found_nothing_is_promised(pattern, generator, monkeypatch):
     """The plan has its marginals all the same, and says that it is of no use."""
-    monkeypatch.setattr(rounding, "ROUNDS", 1)
-    monkeypatch.setattr(rounding, "LOOK", 1)
-    cost, a, b = neighbours(generator)
-    bridge = sbot.solve_bridge(a, b, 0.01, cost=cost)
-    assert float(bridge.gap()) == float(bridge.bounds().upper) == INF
-    torch.testing.assert_close(bridge.round().plan().sum(1), a, rtol=1e-9, atol=0)
+    monkeypatch.setattr(rounding, "KEPT", 0)
+    cost, a, b = SPECIAL[pattern](generator)
+    for tol in (0.1, 1e-8):
+        bridge = sbot.solve_bridge(a, b, 0.05, cost=cost, solver=sbot.Sinkhorn(tol=tol))
+        assert float(bridge.gap()) == float(bridge.bounds().upper) == INF
+        plan = bridge.round().plan()
+        torch.testing.assert_close(plan.sum(1), a, rtol=1e-9, atol=0)
+        torch.testing.assert_close(plan.sum(0), b, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_marginals_hold_whatever_was_found(seed):
+    """Tight patterns of a few atoms at loose tolerances, where the parts that are looked for may be the wrong ones."""
+    generator = torch.Generator().manual_seed(seed)
+    n = 3 + seed % 4
+    allowed = torch.ones(n, n).tril() + (torch.rand(n, n, generator=generator) < 0.2) > 0
+    mass = torch.rand(n, n, generator=generator, dtype=F64) ** 4 * allowed
+    a, b = (mass / mass.sum()).sum(1), (mass / mass.sum()).sum(0)
+    cost = torch.rand(n, n, generator=generator, dtype=F64).masked_fill(~allowed, INF)
+    for tol in (0.1, 1e-2, 1e-4):
+        bridge = sbot.solve_bridge(a, b, 0.1, cost=cost, solver=sbot.Sinkhorn(tol=tol))
+        plan = bridge.round().plan()
+        torch.testing.assert_close(plan.sum(1), a, rtol=0, atol=2e-13)
+        torch.testing.assert_close(plan.sum(0), b, rtol=0, atol=2e-13)
+        if math.isfinite(float(bridge.gap())):
+            assert float(plan[~allowed].sum()) == 0
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("mass", [None, 0.6])
+def test_masses_that_differ_by_rounding_are_no_obstacle(seed, mass, dtype):
+    """Of both sides of a partial plan, and of weights that were normalised in single precision."""
+    generator = torch.Generator().manual_seed(seed)
+    cost = torch.rand(20, 20, generator=generator, dtype=dtype).masked_fill(
+        torch.rand(20, 20, generator=generator) < 0.4, INF
+    )
+    a, b = (torch.rand(20, generator=generator, dtype=dtype) + 0.5 for _ in range(2))
+    bridge = sbot.solve_bridge(a / a.sum(), b / b.sum(), 0.05, cost=cost, mass=mass)
+    assert 0 <= float(bridge.gap()) < (1e-6 if dtype == F64 else 1e-2)
+
+
+def test_a_pattern_may_stream(generator, monkeypatch):
+    cost, a, b = random_pattern(generator, 0.5)
+    kept = sbot.solve_bridge(a, b, 0.05, cost=cost).gap()
+    monkeypatch.setattr(rounding, "PAIRS", 0)
+    torch.testing.assert_close(sbot.solve_bridge(a, b, 0.05, cost=cost).gap(), kept, rtol=1e-6, atol=1e-15)
 
 
 def test_a_semi_relaxed_plan_needs_no_filling(generator):

@@ -436,3 +436,29 @@ def test_at_mild_eps_one_pass_is_enough(rel, passes, generator, monkeypatch):
     for one in (bridge, sbot.solve_bridge(x, y, rel * mean * 0.99, init=bridge)):
         assert any("; 1 passes" in note for note in one.report.notes) == passes
     assert [model.dense.dtype == torch.float64 for model in models] == [passes] * 2
+
+
+@pytest.mark.parametrize("tiny", [1e-20, 1e-25, 1e-35])
+@pytest.mark.parametrize(("size", "eps"), [(50, 0.05), (200, 0.016), (600, 0.0016), (600, 0.05)])
+def test_a_weight_far_below_rounding_stands_in_nobody_s_way(tiny, size, eps, dtype, generator):
+    """The entries of its column are too small for a model in single precision, and what the pass found stands for them."""
+    x, y = torch.rand(size, 2, generator=generator, dtype=dtype), torch.rand(size, 2, generator=generator, dtype=dtype)
+    b = torch.full((size,), 1 / size, dtype=dtype)
+    alone = sbot.solve_bridge(x, y, eps)
+    b[0] = tiny
+    bridge = sbot.solve_bridge(x, (y, b / b.sum()), eps)
+    assert bridge.report.converged
+    # in single precision there is no arithmetic below 1e-38: such a column is worked out in the log domain, pass by pass
+    if tiny > 1e-30 or dtype == torch.float64:
+        assert bridge.report.iterations <= 3 * alone.report.iterations + 20
+
+
+@pytest.mark.parametrize("far", [5.0, 7.0, 10.0, 12.0])
+@pytest.mark.parametrize("rho", [0.1, 1.0])
+def test_an_atom_that_is_too_far_to_be_worth_any_mass(far, rho, generator):
+    x = torch.rand(600, 2, generator=generator, dtype=torch.float64)
+    y = torch.rand(600, 2, generator=generator, dtype=torch.float64)
+    y[0] += far
+    bridge = sbot.solve_bridge(x, y, 0.01, relax=rho)
+    assert bridge.report.converged
+    assert float(bridge.gap()) <= 1e-7
