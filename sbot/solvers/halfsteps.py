@@ -433,8 +433,6 @@ class HalfSteps(Step):
                 if not 0 < low <= high < math.inf:
                     return Exact().advance(state, most, check)
                 spread = max(math.log(high), -math.log(low))
-                if spread > 4 * RANGE:
-                    return Exact().advance(state, most, check)
                 if spread > (TRUST if model.sparse else RANGE):
                     break
                 if log_v is None:

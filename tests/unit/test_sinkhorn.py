@@ -450,7 +450,7 @@ def test_a_weight_far_below_rounding_stands_in_nobody_s_way(tiny, size, eps, dty
     assert bridge.report.converged
     # in single precision there is no arithmetic below 1e-38: such a column is worked out in the log domain, pass by pass
     if tiny > 1e-30 or dtype == torch.float64:
-        assert bridge.report.iterations <= 3 * alone.report.iterations + 20
+        assert bridge.report.iterations <= 1.2 * alone.report.iterations + 10
 
 
 @pytest.mark.parametrize("far", [5.0, 7.0, 10.0, 12.0])
