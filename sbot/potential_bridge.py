@@ -194,12 +194,14 @@ class PotentialBridge(Bridge):
         k, rest = min(NEAREST, mu.n), torch.nonzero(~taken)[:, 0]
         while True:
             logits, columns = self.coupling.top_logits(k)
+            # it is all the same where an atom without weight goes
+            logits = torch.where(live[:, None] | (logits == -torch.inf), logits, 0.0)
             if len(rest):
-                # each atom without weight may go to some without, as well as to its best
+                # as well as to its best it may go to some without weight
                 some = torch.arange(min(k, len(rest)), device=rest.device)
                 others = rest[((~live).cumsum(0)[:, None] - 1 + some) % len(rest)]
-                free = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min).expand(others.shape)
-                logits = torch.cat([logits, free.masked_fill(live[:, None], -torch.inf)], -1)
+                free = torch.where(live[:, None], -torch.inf, torch.zeros_like(logits[:, :1])).expand(others.shape)
+                logits = torch.cat([logits, free], -1)
                 columns = torch.cat([columns, others], -1)
             found = permutation(logits, columns)
             if found is not None:
