@@ -336,9 +336,8 @@ class DiscreteCoupling(Coupling):
         live = (a.detach() > 0) & torch.isfinite(f)
         density = torch.exp(torch.where(live, torch.where(live, f, 0.0) / unit + lse, -torch.inf))
         mass_a, mass_b = a.detach().sum(-1, keepdim=True), b.detach().sum(-1, keepdim=True)
-        total = (a.detach() * _finite(term_a + unit * (mass_b - density))).sum(-1) + (b.detach() * _finite(term_b)).sum(
-            -1
-        )
+        here = term_a + unit * (mass_b - density)
+        total = (a.detach() * _finite(here)).sum(-1) + (b.detach() * _finite(term_b)).sum(-1)
         if tops is not None and self.problem.mass is not None:
             total = total + self.problem.mass.to(f) * (tops[0] + tops[1])[..., 0]
         plain = [leaf.detach() for leaf in leaves]
@@ -370,10 +369,8 @@ class DiscreteCoupling(Coupling):
             return measure.blank(slope)
         stays = (other.detach() > 0) & (potential == torch.inf)
         if bool(stays.any()):
-            reached = (
-                kernel.reduce(torch.zeros_like(potential).masked_fill(~stays, -torch.inf), self.eps)[0] > -torch.inf
-            )
-            slope = torch.where(empty & reached, -torch.inf, slope)
+            lse = kernel.reduce(torch.where(stays, 0.0, torch.full_like(potential, -torch.inf)), self.eps)[0]
+            slope = torch.where(empty & (lse > -torch.inf), -torch.inf, slope)
         wrong = (measure.mask & ~torch.isfinite(slope)).nonzero()
         if len(wrong):
             *batch, atom = wrong[0].tolist()

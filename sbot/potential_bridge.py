@@ -200,7 +200,7 @@ class PotentialBridge(Bridge):
                 # as well as to its best it may go to some without weight
                 some = torch.arange(min(k, len(rest)), device=rest.device)
                 others = rest[((~live).cumsum(0)[:, None] - 1 + some) % len(rest)]
-                free = torch.where(live[:, None], -torch.inf, torch.zeros_like(logits[:, :1])).expand(others.shape)
+                free = logits.new_zeros(others.shape).masked_fill(live[:, None], -torch.inf)
                 logits = torch.cat([logits, free], -1)
                 columns = torch.cat([columns, others], -1)
             found = permutation(logits, columns)

@@ -165,12 +165,12 @@ def feasible(
         left = left + shift(a / sums(0, left, right), a, hard[1])
     if hard[1]:
         right = right + shift(b / sums(1, right, left), b, hard[0])
-    plan = FeasiblePlan(left, right, torch.zeros_like(a), torch.zeros_like(b), eps, kernel)
+    bare = FeasiblePlan(left, right, torch.zeros_like(a), torch.zeros_like(b), eps, kernel)
     if not all(hard):
-        return plan
-    full = plan.marginals()
+        return bare
+    full = bare.marginals()
     rest_a, rest_b = (a - full[0]).clamp(min=0), (b - full[1]).clamp(min=0)
-    plan = replace(plan, rest_mu=rest_a, rest_nu=rest_b / rest_a.sum(-1, keepdim=True).clamp(min=1e-300))
+    plan = replace(bare, rest_mu=rest_a, rest_nu=rest_b / rest_a.sum(-1, keepdim=True).clamp(min=1e-300))
     if not may_forbid or not any(bool((kernel.entries(rows) == torch.inf).any()) for rows in kernel.tiles()):
         return plan
     found = _filled(plan, (a, b), full)
@@ -178,9 +178,9 @@ def feasible(
     if bool(found.within.all()) or a.shape[:-1].numel() * a.shape[-1] * b.shape[-1] > PAIRS:
         return found
     # the allowed pairs of no use stand in the way
-    parts = _parts(plan, rest_a.sum(-1), found.within)
-    first = replace(plan, rest_mu=torch.zeros_like(a), parts=parts)
-    again = _filled(first, (a, b), first.marginals())
+    parts = _parts(bare, rest_a.sum(-1), found.within)
+    bare = replace(bare, parts=parts)
+    again = _filled(bare, (a, b), bare.marginals())
     assert again.within is not None
     # where they do not help the plan is the one without parts
     new = (again.within & ~found.within)[..., None]
@@ -206,7 +206,7 @@ def _parts(plan: FeasiblePlan, lost: Tensor, whole: Tensor) -> tuple[Tensor, Ten
 
     n, m = plan.kernel.shape
     first, second = (torch.zeros(side.shape, dtype=torch.int64) for side in (plan.left, plan.right))
-    allowed, entries = plan.kernel.entries(slice(0, n)) < torch.inf, replace(plan, rest_mu=0 * plan.rest_mu).plan()
+    allowed, entries = plan.kernel.entries(slice(0, n)) < torch.inf, plan.plan()
     for k in (~whole).flatten().nonzero()[:, 0].tolist():
         at = np.unravel_index(k, whole.shape)
         there = allowed[at].nonzero().cpu().numpy()

@@ -497,7 +497,7 @@ def _lacking(state: State, near: bool) -> Any:
     """What the pass found of columns whose entries are too small for the model: they are taken to stay as they are."""
     model = state.model
     assert model is not None
-    if near or not model.cut or model.sparse:
+    if near or not model.cut:  # a sparse model is always near
         return TINY
     held = model.transposed_times(state.rows)
     return torch.where(held < state.columns / 2, state.columns - held, 0.0) + TINY

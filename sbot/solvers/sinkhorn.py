@@ -146,7 +146,7 @@ class Sinkhorn(Solver):
                 last = k == len(stages) - 1
                 state.eps, state.slack = eps, goal.slack_at(tolerance)
                 watch = _Watch(state.largest, tolerance, last, goal.reach, problem.dtype, history, report)
-                self._stage(state, last, watch, counts, problem if _may_forbid(problem) else None)
+                self._stage(state, last, watch, counts, problem if _may_leave_no_plan(problem) else None)
                 reason = watch.reason
             state.centre()
             phi, psi = _potentials(problem, state)
@@ -335,7 +335,7 @@ def _constant(problem: Problem) -> Tensor:
     return ratio / ease if ease > 0 else torch.zeros_like(ratio)
 
 
-def _may_forbid(problem: Problem) -> bool:
+def _may_leave_no_plan(problem: Problem) -> bool:
     """Whether pairs may be forbidden so that no plan is left."""
     return problem.relax == (math.inf, math.inf) and problem.may_forbid
 
