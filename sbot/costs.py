@@ -215,14 +215,23 @@ class MatrixCost(Cost):
         self.source_dtype = values.dtype
         self.values = values.to(compute_dtype(values.dtype))
         self.batch_shape = tuple(values.shape[:-2])
-        low, high = (float(end) for end in torch.aminmax(self.values.detach()))
+        low, _ = self.ends
         if math.isnan(low) or low == -math.inf:
             *which, _, _ = torch.nonzero(torch.isnan(self.values) | (self.values == -math.inf))[0].tolist()
             raise InvalidProblem(
                 f"the cost matrix holds NaN or -inf{in_problem(which)}; +inf (a forbidden pair) is the only legal infinity"
             )
-        #: whether some pair is forbidden
-        self.forbids = high == math.inf
+
+    @cached_property
+    def ends(self) -> tuple[float, float]:
+        """The least and the largest entry."""
+        low, high = torch.aminmax(self.values.detach())
+        return float(low), float(high)
+
+    @property
+    def forbids(self) -> bool:
+        """Whether some pair is forbidden."""
+        return self.ends[1] == math.inf
 
     def matrix(self, x: Tensor, y: Tensor) -> Tensor:
         n, m = self.values.shape[-2:]
@@ -233,21 +242,24 @@ class MatrixCost(Cost):
     @property
     def T(self) -> MatrixCost:
         """The cost of going back; shares memory."""
-        return self._like(self.values.mT, self.batch_shape)
+        return self._like(self.values.mT, self.batch_shape, self.ends)
 
     def expand(self, batch_shape: tuple[int, ...]) -> MatrixCost:
         """The same cost for each problem of a larger batch; shares memory."""
-        return self._like(self.values, batch_shape)
+        return self._like(self.values, batch_shape, self.ends)
 
     def pick(self, index: tuple[int, ...], n: int, m: int) -> MatrixCost:
         """The cost of one problem of a batch, between its first ``n`` and ``m`` atoms."""
         shared = len(self.batch_shape) - (self.values.ndim - 2)
         return self._like(self.values[index[shared:]][..., :n, :m], self.batch_shape[len(index) :])
 
-    def _like(self, values: Tensor, batch_shape: tuple[int, ...]) -> MatrixCost:
+    def _like(
+        self, values: Tensor, batch_shape: tuple[int, ...], ends: tuple[float, float] | None = None
+    ) -> MatrixCost:
         other = object.__new__(MatrixCost)
-        other.source_dtype, other.values, other.forbids = self.source_dtype, values, self.forbids
-        other.batch_shape = batch_shape
+        other.source_dtype, other.values, other.batch_shape = self.source_dtype, values, batch_shape
+        if ends is not None:
+            other.ends = ends
         return other
 
     def __repr__(self) -> str:

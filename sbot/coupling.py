@@ -228,24 +228,20 @@ class DiscreteCoupling(Coupling):
 
     @torch.no_grad()
     def _plan(self, rows: Any) -> Tensor:
-        x, y = (site.detach() for site in self.problem.sites)
-        left, right = self._logs
-        kernel: LogKernel
-        if rows is not None:
-            index = as_index(rows, self._mu.n, "rows", left.device)
-            left = left[..., index]
-            cost = self.problem.cost
-            x = x[index] if not x.dtype.is_floating_point else x[..., index, :]
-            kernel = make_kernel(cost, x, y)
-        else:
-            kernel = self._kernel()
-        size = math.prod((*kernel.batch_shape, *kernel.shape)) * kernel.dtype.itemsize
-        require_memory(size, kernel.device, f"a dense plan of shape {kernel.shape}", "ask for plan(rows=...) in parts")
-        out = torch.empty((*kernel.batch_shape, *kernel.shape), dtype=kernel.dtype, device=kernel.device)
-        left, right, unit = left / LN2, right / LN2, self.eps * LN2  # exp2 takes half as long as exp
+        kernel, (left, right), unit = self._kernel(), self._logs, self.eps * LN2
+        index = None if rows is None else as_index(rows, self._mu.n, "rows", left.device)
+        shape = (self._mu.n if index is None else len(index), self._nu.n)
+        size = math.prod((*kernel.batch_shape, *shape)) * kernel.dtype.itemsize
+        require_memory(size, kernel.device, f"a dense plan of shape {shape}", "ask for plan(rows=...) in parts")
+        out = torch.empty((*kernel.batch_shape, *shape), dtype=kernel.dtype, device=kernel.device)
+        # as a pass of the solver has it: its marginals are those that were solved for
+        column, offset = kernel.column(right / LN2, unit), kernel.offset(unit)
+        level = left / LN2 if offset is None else left / LN2 + offset
         for tile in kernel.tiles():
-            part = weigh(kernel.entries(tile), right, unit, out[..., tile, :])
-            part.add_(left[..., tile, None]).exp2_()
+            if tile.start >= shape[0]:
+                break
+            part = tile if index is None else index[tile]
+            kernel.logits(part, column, unit, out[..., tile, :]).add_(level[..., part, None]).exp2_()
         return out
 
     @property
@@ -381,13 +377,16 @@ class DiscreteCoupling(Coupling):
             )
         return measure.blank(slope)
 
-    def _tiles(self, left: Tensor, right: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Rows, their log-plan for the given log-weights, and their costs; in float64."""
-        kernel = self._kernel()
+    def _tiles(self, left: Tensor, right: Tensor, unit: Eps | None = None) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Rows, their log-plan for the given log-weights, and their costs in ``unit``, which is eps; in float64."""
+        kernel, unit = self._kernel(), self.eps if unit is None else unit
+        unit = unit.double() if isinstance(unit, Tensor) else unit
         kernel.copies = COPIES
+        left, right = left.double(), right.double()
         for rows in kernel.tiles():
             c = kernel.entries(rows).double()
-            yield rows, left[..., rows, None].double() + right[..., None, :].double() - c / along(self.eps, 2), c
+            logits = weigh(c, right, unit, torch.empty_like(c))
+            yield rows, logits.add_(left[..., rows, None]), c
 
     def linear_cost(self) -> Tensor:
         if self._attached and torch.is_grad_enabled():
@@ -398,8 +397,13 @@ class DiscreteCoupling(Coupling):
     @torch.no_grad()
     def _linear_cost(self) -> Tensor:
         total = torch.zeros(self.problem.batch_shape, dtype=torch.float64, device=self.problem.device)
-        for _, log_p, c in self._tiles(*self._logs):
-            total += torch.where(torch.isfinite(c), log_p.exp() * c, 0.0).sum((-2, -1))
+        left, right = self._logs
+        plain = not self.problem.may_forbid
+        for _, log2_p, c in self._tiles(left / LN2, right / LN2, self.eps * LN2):
+            p = log2_p.exp2_()
+            if not plain:
+                c = torch.where(torch.isfinite(c), c, 0.0)
+            total += torch.linalg.vecdot(p.flatten(-2), c.flatten(-2))
         return total.to(self.problem.dtype)
 
     @torch.no_grad()

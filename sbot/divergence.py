@@ -32,9 +32,10 @@ from .bridge import narrow
 from .costs import Cosine, Lp, MatrixCost, Quadratic
 from .coupling import DiscreteCoupling
 from .errors import InvalidProblem, NotConverged, NumericalError, Unsupported
-from .kernels import make_kernel
+from .kernels import Conditionals, LogKernel, make_kernel, room_beside
 from .linalg import Eps, along, full_precision
 from .measures import Discrete
+from .pace import TINY
 from .potential_bridge import PotentialBridge
 from .potentials import Atoms
 from .problem import Problem, fitted
@@ -42,6 +43,7 @@ from .progress import Progress, reporting
 from .reference import Reference, Static
 from .relaxed import damping, target_weights
 from .solvers import ClosedForm, Sinkhorn, Solver
+from .solvers.halfsteps import TRUST
 from .solvers.sinkhorn import REACH
 
 #: Shares of a half-step that a self term takes in turn.  Half-steps multiply an error by minus an eigenvalue of the plan, which
@@ -204,27 +206,53 @@ def _alone(problem: Problem, solver: Sinkhorn, tolerance: float, show: Callable[
     machine = torch.finfo(problem.dtype).eps
     tolerance = max(tolerance, machine * max(REACH * float((kernel.scale()[1] / eps).max()), 8.0))
     largest = float(eps.max()) if isinstance(eps, Tensor) else eps
-    p, best, waited = torch.zeros_like(a), _Self(torch.zeros_like(a), math.inf, False), 0
-    for k in range(min(MOST, solver.max_iter)):
-        half = -damp * unit * kernel.reduce(log_a + p / unit, eps)[0]
-        # an atom that forbidden pairs leave where it is takes no part, and keeps the infinite potential that it has
-        live = live & (half != torch.inf)
+    most = min(MOST, solver.max_iter)
+    laws = Conditionals(kernel, room_beside(kernel, problem.cost, solver.memory), few=True)
+
+    def part_of(half: Tensor, p: Tensor) -> tuple[Tensor, float]:
+        """What a half-step adds to ``p``, and the error of both marginals there."""
         change = torch.where(live, half - p, 0.0)
         goal = torch.where(live, target_weights(a, p, rho), 0.0).double()
         off = torch.where(live, torch.expm1(-change / (damp * unit)).abs(), 0.0)
-        # both marginals are off by this
         error = 2 * float(((goal * off).sum(-1) / goal.sum(-1).clamp(min=torch.finfo(goal.dtype).tiny)).max())
         if math.isnan(error):
             remedy = f"rescale the cost{wider(problem.dtype, ' or use float64')}"
             raise NumericalError(f"a self term of the divergence left the finite numbers; {remedy}")
         show(Progress(k, largest, error, tolerance))
+        return change, error
+
+    p, best, waited, k = torch.zeros_like(a), _Self(torch.zeros_like(a), math.inf, False), 0, 0
+    while k < most:
+        lse, known = _pass(kernel, laws, log_a + p / unit, eps)
+        half = -damp * unit * lse
+        # an atom that forbidden pairs leave where it is takes no part, and keeps the infinite potential that it has
+        live = live & (half != torch.inf)
+        change, error = part_of(half, p)
         waited = 0 if error < 0.9 * best.error else waited + 1
         if error < best.error:
             best = _Self(torch.where(half == torch.inf, half, p), error, error <= tolerance)
         if best.converged or waited >= PATIENCE:
             break
-        p = p + SHARES[k % len(SHARES)] * change
+        here, p = p, p + SHARES[k % len(SHARES)] * change
+        k += 1
+        # between two passes on the laws that the last one found; what they leave out does not change
+        while known and k < most and float((move := (p - here) / unit).abs().max()) <= TRUST:
+            sums = (1 + laws.times(move.double().expm1())).clamp(min=TINY)
+            change, error = part_of(-damp * unit * (lse + sums.log().to(lse)), p)
+            if error <= tolerance / 2:
+                break
+            p = p + SHARES[k % len(SHARES)] * change
+            k += 1
     return best if best.converged else min(best, _as_any_other(problem, solver), key=lambda way: way.error)
+
+
+def _pass(kernel: LogKernel, laws: Conditionals, bias: Tensor, eps: Eps) -> tuple[Tensor, bool]:
+    """``lse`` of the rows, and whether their laws are kept."""
+    if not laws.possible:
+        return kernel.reduce(bias, eps)[0], False
+    laws.open()
+    seen = kernel.conditionals(bias, eps, torch.ones_like(bias), 0, laws.keep, laws.room)
+    return seen.lse, laws.close()
 
 
 def _as_any_other(problem: Problem, solver: Sinkhorn) -> _Self:

@@ -6,6 +6,7 @@ Shapes: ``n`` atoms in dimension ``d``, and optional leading batch dimensions ``
 from __future__ import annotations
 
 import inspect
+import math
 import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -342,6 +343,10 @@ def _check_weights(weights: Tensor, points: Tensor | None, name: str) -> Tensor:
         raise InvalidProblem(
             f"{name} has points on {points.device} and weights on {weights.device}; move them to one device"
         )
+    if weights.ndim == 1 and not weights.requires_grad:
+        low, high = (float(end) for end in torch.aminmax(weights))
+        if low >= 0 and 0 < high < math.inf:  # nothing is NaN then
+            return weights
     require_finite(weights, f"{name} weights", 1)
     if bool((weights < 0).any()):
         *which, index = torch.nonzero(weights < 0)[0].tolist()

@@ -142,7 +142,7 @@ class Problem:
             return f"{self.eps:g}"
         return f"{float(self.eps.min()):g}..{float(self.eps.max()):g}"
 
-    @property
+    @cached_property
     def sites(self) -> tuple[Tensor, Tensor]:
         """Where the atoms are, as the cost wants them: points, or their numbers where the cost is a matrix."""
         return self._site(self.mu), self._site(self.nu)
@@ -342,9 +342,10 @@ class Problem:
             return self
         a, b = self.mu.weights.detach().double().sum(-1), self.nu.weights.detach().double().sum(-1)
         apart = ((a - b).abs() / torch.maximum(a, b)).flatten()
-        k, worst = int(apart.argmax()), float(apart.max())
-        which = self._which(k)
+        worst = float(apart.max())
         if worst > _slack(rounding):
+            k = int(apart.argmax())
+            which = self._which(k)
             raise InvalidProblem(
                 f"sum(mu) = {float(a.flatten()[k]):.9g} and sum(nu) = {float(b.flatten()[k]):.9g}{which}: a balanced problem "
                 "needs equal masses; normalise the weights, relax the marginals: relax=(rho_mu, rho_nu), or carry a part: mass="

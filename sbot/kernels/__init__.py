@@ -28,6 +28,7 @@ __all__ = [
     "TiledKernel",
     "make_kernel",
     "require_memory",
+    "room_beside",
     "same",
     "share_of",
     "store",
@@ -46,7 +47,9 @@ def make_kernel(cost: Cost, x: Tensor, y: Tensor, *, memory: int = 0) -> LogKern
     """
     refuse_forward_mode(x, y, cost.values if isinstance(cost, MatrixCost) else None)
     if isinstance(cost, MatrixCost):
-        return DenseKernel(cost.matrix(x, y), cost.batch_shape)
+        kernel = DenseKernel(cost.matrix(x, y), cost.batch_shape)
+        kernel.ends = cost.ends
+        return kernel
     tiled = TiledKernel(cost, x, y)
     pairs = math.prod(x.shape[:-1]) * y.shape[-2]
     worth = tiled.rank is None or tiled.rank > CHEAP
@@ -57,6 +60,13 @@ def make_kernel(cost: Cost, x: Tensor, y: Tensor, *, memory: int = 0) -> LogKern
         first = (0,) * (x.ndim - 2)
         return DenseKernel(store(TiledKernel(cost, x[first], y[first])).matrix, tiled.batch_shape)
     return store(tiled)
+
+
+def room_beside(kernel: LogKernel, cost: Cost, memory: int) -> int:
+    """What is left of ``memory`` bytes beside a stored kernel; a matrix that was given does not count."""
+    if not isinstance(kernel, DenseKernel) or isinstance(cost, MatrixCost):
+        return memory
+    return max(0, memory - kernel.stored.numel() * kernel.dtype.itemsize)
 
 
 def store(kernel: LogKernel) -> DenseKernel:

@@ -36,6 +36,9 @@ FLOOR = {torch.float64: -900.0, torch.float32: -90.0}
 ADDED = 256
 
 
+#: Entries from which on it pays to look whether exponentials can do without their largest.
+MANY = 2**15
+
 #: what a pass shows its tiles to: rows, and the conditional laws ``K_ij`` of these rows; answers whether to show more
 Keep = Callable[[slice, Tensor], bool]
 
@@ -65,6 +68,8 @@ class LogKernel(ABC):
     _scratch: Tensor | None = None
     #: how far apart any two entries are at most, and how large the largest is, where `scale` has looked at them
     _range = _largest = math.inf
+    #: the least and the largest entry, where these are known
+    ends: tuple[float, float] | None = None
 
     def _tiled_as(self, other: LogKernel) -> None:
         """Make no larger tiles than ``other``."""
@@ -76,8 +81,11 @@ class LogKernel(ABC):
         """The same kernel with rows and columns exchanged; shares memory."""
 
     @abstractmethod
-    def entries(self, rows: slice) -> Tensor:
-        """``C[rows]``, ``(*b, r, m)``; may be a view, so never write into it.  Differentiable where C is."""
+    def entries(self, rows: slice | Tensor) -> Tensor:
+        """``C[rows]``, ``(*b, r, m)``, of a slice or of numbers of rows.
+
+        It may be a view, so never write into it.  Differentiable where C is.
+        """
 
     @abstractmethod
     def take(self, index: Tensor) -> LogKernel:
@@ -108,7 +116,7 @@ class LogKernel(ABC):
         with torch.no_grad():
             for rows in self.tiles():
                 c = self.entries(rows)
-                low, high = (float(end) for end in torch.aminmax(c))
+                low, high = self.ends or (float(end) for end in torch.aminmax(c))
                 least, most = min(least, low), max(most, high)
                 plain = low >= 0 and math.isfinite(high)
                 if plain:
@@ -119,7 +127,7 @@ class LogKernel(ABC):
                     count += finite.sum((-2, -1))
                 total += c.sum((-2, -1), dtype=torch.float64)
                 known = plain and not self.batch_shape
-                top = torch.maximum(top, top.new_tensor(high) if known else c.amax((-2, -1)).double())
+                top = top.clamp(min=high) if known else torch.maximum(top, c.amax((-2, -1)).double())
         self._range, self._largest = most - least, max(most, -least)
         return total / count, top
 
@@ -127,7 +135,7 @@ class LogKernel(ABC):
         """What each column contributes to the logits by itself, ``(*b, m)``; computed once for all tiles."""
         return bias
 
-    def logits(self, rows: slice, column: Tensor, eps: Eps, out: Tensor) -> Tensor:
+    def logits(self, rows: slice | Tensor, column: Tensor, eps: Eps, out: Tensor) -> Tensor:
         """``bias_j - C_ij / eps - offset_i`` for these rows, written into ``out``; see `column` and `offset`."""
         return weigh(self.entries(rows), column, eps, out)
 
@@ -177,15 +185,21 @@ class LogKernel(ABC):
         # base 2: exp2 is three times as fast as exp here, and does not slow down where it underflows
         unit = eps * LN2
         column = self.column(bias / LN2, unit)
+        many = self.device.type == "cpu" and math.prod(self.batch_shape) * n * self.shape[1] >= MANY
+        flat = many and not torch._C._are_functorch_transforms_active() and self._flat(bias, eps)
         for rows in self.tiles():
             size = rows.stop - rows.start
             if scratch is None or scratch.shape[-2] < size:
                 scratch = self.buffer(size)
             z = self.logits(rows, column, unit, scratch[..., :size, :])
-            top = z.amax(-1, keepdim=True)
-            top = top.masked_fill(top == -torch.inf, 0)  # an empty row: 2^-inf = 0, not NaN
-            total = exp2(z.sub_(top)).sum(-1)
-            lse[..., rows] = top.squeeze(-1) + total.log2()
+            if flat:  # half of the sweeps over the tile
+                total = z.exp2_().sum(-1)
+                lse[..., rows] = total.log2()
+            else:
+                top = z.amax(-1, keepdim=True)
+                top = top.masked_fill(top == -torch.inf, 0)  # an empty row: 2^-inf = 0, not NaN
+                total = exp2(z.sub_(top)).sum(-1)
+                lse[..., rows] = top.squeeze(-1) + total.log2()
             if avg is not None and values is not None:
                 avg[..., rows, :] = (z @ values) / total[..., None]
         offset = self.offset(unit)
@@ -199,13 +213,21 @@ class LogKernel(ABC):
         least = float(eps.min()) if isinstance(eps, Tensor) else eps
         return (high - low + self._range / least) / LN2
 
+    def bound(self) -> float:
+        """No entry is larger, of either sign, as far as that is known, or quick to tell."""
+        return self._largest
+
     def _flat(self, bias: Tensor, eps: Eps) -> bool:
         """Whether no logit is so large, of either sign, that exponentials of them need their largest taken away first."""
-        if not math.isfinite(self._largest):
+        largest = self.bound()
+        if not math.isfinite(largest):
             return False
-        level = float(torch.where(bias == -torch.inf, 0.0, bias).abs().max())
+        low, high = (float(end) for end in torch.aminmax(bias))
+        if low == -math.inf:  # an atom that has no part
+            low = float(torch.where(bias == -torch.inf, high, bias).min())
+        level = max(abs(low), abs(high))
         least = float(eps.min()) if isinstance(eps, Tensor) else eps
-        return (level + self._largest / least) / LN2 <= -FLOOR[self.dtype] / 2
+        return (level + largest / least) / LN2 <= -FLOOR[self.dtype] / 2
 
     @property
     def whole(self) -> bool:

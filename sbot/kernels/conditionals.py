@@ -97,7 +97,8 @@ class Conditionals:
     def open(self) -> None:
         """Forget what is kept; `keep` may be called for the new tiles."""
         self._rows = self._columns = self._arrays = None
-        sparse = self.sparse_works and (self.dense is None or self.pairs > SMALL)
+        # where few iterations are expected nearly all entries are something
+        sparse = self.sparse_works and (self.dense is None or self.pairs > (DOUBLE_WHERE_FEW if self.few else SMALL))
         self._pieces, self._kept = ([] if sparse else None), 0
 
     def keep(self, rows: slice, tile: Tensor) -> bool:

@@ -55,7 +55,10 @@ class DenseKernel(LogKernel):
             out[..., rows, :] = tile.sum_to_size(out[..., rows, :].shape)
         return (out,)
 
-    def entries(self, rows: slice) -> Tensor:
+    def bound(self) -> float:
+        return self._largest if self.ends is None else max(map(abs, self.ends))
+
+    def entries(self, rows: slice | Tensor) -> Tensor:
         return self.matrix[..., rows, :]
 
     def buffer(self, rows: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import final
@@ -91,7 +92,7 @@ class TiledKernel(LogKernel):
                 grads[there].add_(far)
         return grads
 
-    def entries(self, rows: slice) -> Tensor:
+    def entries(self, rows: slice | Tensor) -> Tensor:
         if self.flipped:
             return self.cost.matrix(self.x, self.y[..., rows, :]).mT
         return self.cost.matrix(self.x[..., rows, :], self.y)
@@ -120,7 +121,7 @@ class TiledKernel(LogKernel):
     def column(self, bias: Tensor, eps: Eps) -> Tensor:
         return bias if self._embedded is None else bias - self._embedded[1].square().sum(-1) / along(2 * eps, 1)
 
-    def logits(self, rows: slice, column: Tensor, eps: Eps, out: Tensor) -> Tensor:
+    def logits(self, rows: slice | Tensor, column: Tensor, eps: Eps, out: Tensor) -> Tensor:
         if self._embedded is None:
             return super().logits(rows, column, eps, out)
         u, v = self._embedded
@@ -130,6 +131,11 @@ class TiledKernel(LogKernel):
 
     def offset(self, eps: Eps) -> Tensor | None:
         return None if self._embedded is None else self._embedded[0].square().sum(-1) / along(-2 * eps, 1)
+
+    def bound(self) -> float:
+        if self._embedded is not None and self._largest == math.inf:
+            self.scale()
+        return self._largest
 
     def scale(self) -> tuple[Tensor, Tensor]:
         if self._embedded is not None:

@@ -80,6 +80,7 @@ class State:
     caps: tuple[Tensor | None, Tensor | None] = field(init=False, default=(None, None))
     known: bool = field(init=False, default=False)
     fresh: bool = field(init=False, default=False)
+    _measured: tuple[tuple[Any, ...], Tensor] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.log_a, self.log_b, self.f = self.a.log(), self.b.log(), torch.zeros_like(self.a)
@@ -154,7 +155,7 @@ class State:
         for name in ("f", "g", "rows", "columns"):
             getattr(self, name)[index] = getattr(part, name)
         self.iterations, self.passes = part.iterations, self.passes + part.passes
-        self.known = False  # the model is that of before
+        self.known, self._measured = False, None  # the model is that of before
 
     def goal(self, log_v: Tensor | float = 0.0) -> Tensor:
         """What the columns should sum to: b, or ``b e^{-g / rho}`` where nu is relaxed, with g moved by ``eps log_v``.
@@ -177,7 +178,11 @@ class State:
 
         Of a partial plan, the distance from what its bounds allow.
         """
-        return self.distance(self.columns) / self.slack
+        of = (self.columns, self.g, self.eps, self.slack)
+        # asked for several times between two steps
+        if self._measured is None or any(one is not two for one, two in zip(self._measured[0], of, strict=True)):
+            self._measured = of, self.distance(self.columns) / self.slack
+        return self._measured[1]
 
     def distance(self, columns: Tensor, log_v: Tensor | float = 0.0) -> Tensor:
         """`errors` at other masses, with g moved by ``eps log_v``, as they are."""
@@ -412,13 +417,19 @@ class HalfSteps(Step):
         weights, wanted, columns = as_vector(r), as_vector(goal), as_vector(state.columns) + TINY
         u, v, sums = as_vector(torch.ones_like(r)), as_vector(torch.ones_like(goal)), as_vector(r)
         found = columns
-        whole = as_vector(goal.sum(-1) * state.slack)
+        whole, slack = as_vector(goal.sum(-1)), state.slack if isinstance(state.slack, float) else as_vector(state.slack)
+        # 1 at an atom of zero weight, where v is 0
+        gone = as_vector((~state.live[1]).double()) if state.zeros else None
         lacking = _lacking(state, near)
+        relaxed = None if hard or state.mass is not None else _Relaxed(state, wanted, as_vector)
         done, seen, stop, spread, worst = 0, 0, False, 0.0, math.inf
         while done < most and not stop:
             look = done == 1 or done % self.every == self.every - 1 or done == most - 1
-            # 0 at an atom of zero weight
             v = half_step(v, wanted, columns, lam_b, omega) if state.mass is None else state.rise(columns.log()).exp_()
+            if relaxed is not None:
+                # half-steps alone would be slow to
+                shift = relaxed.shift(u, v)
+                u, v = u * shift, v / shift
             sums = _sums(products, v, near)
             if state.mass is None:
                 # where the error is looked at, f is exact as everywhere else
@@ -428,17 +439,20 @@ class HalfSteps(Step):
             columns = _columns(products, u, weights, found, near, lacking)
             done += 1
             if look:
-                log_v = None if hard and not state.zeros else torch.where(state.live[1], as_tensor(v).log(), 0.0)
-                low, high = (v.min(), v.max()) if log_v is None else (log_v.min().exp(), log_v.max().exp())
+                moved = v if gone is None else v + gone
+                low, high = moved.min(), moved.max()
                 if not 0 < low <= high < math.inf:
                     return Exact().advance(state, most, check)
                 spread = max(math.log(high), -math.log(low))
                 if spread > (TRUST if model.sparse else RANGE):
                     break
-                if log_v is None:
-                    errors = abs(columns * v - wanted).sum(-1) / whole
+                if relaxed is not None:
+                    target = relaxed.goal(1, v)
+                    errors = abs(columns * v - target).sum(-1) / target.sum(-1).clip(min=TINY) / slack
+                elif state.mass is None:
+                    errors = abs(columns * v - wanted).sum(-1) / whole / slack
                 else:
-                    errors = state.distance(as_tensor(columns * v), log_v) / state.slack
+                    errors = state.distance(columns * v, moved.log()) / slack
                 worst = float(errors.max())
                 stop = check(state.iterations + done, worst)
                 pace.look(errors, done - seen)
@@ -449,7 +463,7 @@ class HalfSteps(Step):
                 omega = pace.omega if state.mass is None else None
         state.move(as_tensor(v).log())
         state.iterations += done
-        if stop and hard and self._sure(model, near, spread, worst):
+        if stop and state.mass is None and self._sure(model, near, spread, worst):
             state.land(as_tensor(u).log(), as_tensor(weights * u * sums), as_tensor(columns * v))
         else:
             # the constant to move depends on f, which has moved with g
@@ -479,6 +493,26 @@ class HalfSteps(Step):
         else:
             self._pace.last = as_array(errors)
         return self._pace
+
+
+class _Relaxed:
+    """The marginals that scalings ask for where these are relaxed, and what `State.translate` makes of it; on vectors."""
+
+    def __init__(self, state: State, goal: Any, as_vector: Callable[[Tensor], Any]) -> None:
+        self.powers = tuple(0.0 if math.isinf(rho) else state.unit / rho for rho in state.rho)
+        self.power = 1 / (self.powers[0] + self.powers[1])
+        self.goals = as_vector(target_weights(state.a.double(), state.f.double(), state.rho[0])), goal
+
+    def goal(self, side: int, scaling: Any) -> Any:
+        """``a e^{-f / rho}`` with f moved by ``eps log u``, or that of g and v."""
+        goal, power = self.goals[side], self.powers[side]
+        hard = not isinstance(power, Tensor) and power == 0
+        return goal if hard else goal / (scaling + (goal == 0)) ** power
+
+    def shift(self, u: Any, v: Any) -> Any:
+        """The factor of u, and one over that of v, with which both sides ask for the same mass."""
+        one, two = (self.goal(side, scaling).sum(-1)[..., None] for side, scaling in enumerate((u, v)))
+        return (one / two) ** self.power
 
 
 def _near(state: State) -> bool:

@@ -20,7 +20,7 @@ from ..costs import MatrixCost
 from ..diffusion import Intractable
 from ..errors import InvalidProblem, NotConverged, NumericalError, PrecisionWarning
 from ..feasibility import by_potentials, reached
-from ..kernels import TILE_BYTES, Conditionals, DenseKernel, LogKernel, make_kernel, require_memory
+from ..kernels import TILE_BYTES, Conditionals, DenseKernel, LogKernel, make_kernel, require_memory, room_beside
 from ..linalg import Eps, as_eps
 from ..measures import Discrete
 from ..potential_bridge import PotentialBridge
@@ -216,8 +216,8 @@ class Sinkhorn(Solver):
         self._require_tile(kernel)
         a, b = _taking_part(problem, kernel)
         mean, largest = kernel.scale()
-        mild = bool((as_eps(problem.eps, mean) >= MILD * mean).all())
-        if not bool(torch.isfinite(largest).all()):
+        mild = float((mean / problem.eps).max()) <= 1 / MILD
+        if not float(largest.max()) < math.inf:
             remedy = f"rescale the points (and eps){wider(problem.dtype, ' or use float64')}"
             raise NumericalError(f"the cost overflows this dtype; {remedy}")
         goal = self._goal(problem, largest)
@@ -231,9 +231,7 @@ class Sinkhorn(Solver):
         stages = [(eps, goal.tolerance)]
         if self.anneal is not None:
             stages = list(self.anneal.stages(start, eps, goal.tolerance))
-        taken = kernel.stored.numel() * kernel.dtype.itemsize if isinstance(kernel, DenseKernel) else 0
-        room = max(0, self.memory - (0 if isinstance(problem.cost, MatrixCost) else taken))
-        model = Conditionals(kernel, room, few=mild)
+        model = Conditionals(kernel, room_beside(kernel, problem.cost, self.memory), few=mild)
         state = State(kernel, a, b, problem.relax, g, model if model.possible else None, slack=goal.slack)
         state.mass = None if problem.mass is None else problem.mass.detach()
         where = "stored" if isinstance(kernel, DenseKernel) else "computed by tiles"
@@ -330,9 +328,10 @@ def _constant(problem: Problem) -> Tensor:
     """About the constant between f and g where marginals are relaxed, ``(*b,)``: what holds unequal masses apart."""
     mu, nu = problem.mu, problem.nu
     assert isinstance(mu, Discrete) and isinstance(nu, Discrete)
+    if problem.relax == (math.inf, math.inf):
+        return torch.zeros(problem.batch_shape, dtype=torch.float64, device=problem.device)
     ratio = (mu.weights.detach().double().sum(-1) / nu.weights.detach().double().sum(-1)).log().abs()
-    ease = sum(1 / rho for rho in problem.relax)
-    return ratio / ease if ease > 0 else torch.zeros_like(ratio)
+    return ratio / sum(1 / rho for rho in problem.relax)
 
 
 def _may_leave_no_plan(problem: Problem) -> bool:
@@ -390,8 +389,10 @@ def _fitting(step: Step, state: State) -> Step:
     exact = step if isinstance(step, Exact) else Exact()
     if not state.known:
         return exact
-    off = torch.where(state.live[1], (state.goal() / state.columns).log().abs(), 0.0)
-    return exact if bool((off > TRUST).any()) else HalfSteps() if isinstance(step, Exact) else step
+    off = (state.goal() / state.columns).log()
+    if state.zeros:
+        off = torch.where(state.live[1], off, 0.0)
+    return exact if bool((off.abs() > TRUST).any()) else HalfSteps() if isinstance(step, Exact) else step
 
 
 def _next(step: Step, before: float, after: float, tolerance: float) -> Step:
@@ -495,8 +496,13 @@ def _warm(problem: Problem, init: Bridge) -> Tensor:
 def _potentials(problem: Problem, state: State) -> tuple[Atoms, Atoms]:
     eps, (x, y), (at_x, at_y) = state.unit, problem.sites, problem.values
     numbered = isinstance(problem.cost, MatrixCost)
-    log_phi = torch.where(state.a > 0, state.log_a + state.f / eps, -torch.inf)
-    log_psi = torch.where(state.b > 0, state.log_b + state.g / eps, -torch.inf) + problem.log_normaliser()
+    log_phi, log_psi = state.log_a + state.f / eps, state.log_b + state.g / eps
+    if state.zeros:
+        log_phi, log_psi = (
+            torch.where(state.live[0], log_phi, -torch.inf),
+            torch.where(state.live[1], log_psi, -torch.inf),
+        )
+    log_psi = log_psi + problem.log_normaliser()
     return (
         Atoms(x.detach(), log_phi, at_x.detach() if numbered and at_x is not None else None),
         Atoms(y.detach(), log_psi, at_y.detach() if numbered and at_y is not None else None),

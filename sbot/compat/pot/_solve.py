@@ -113,13 +113,14 @@ def check_matrix(M: Tensor) -> None:
 def balanced(a: Tensor, b: Tensor) -> tuple[Tensor, bool]:
     """``b`` with the mass of ``a``, which is where POT's iterations end too, and whether the masses really differed."""
     mass_a, mass_b = a.sum(dtype=torch.float64), b.sum(dtype=torch.float64)
-    apart = float((mass_a - mass_b).detach().abs() / torch.maximum(mass_a, mass_b).detach().clamp(min=1e-300))
+    held_a, held_b = float(mass_a.detach()), float(mass_b.detach())
+    apart = abs(held_a - held_b) / max(held_a, held_b, 1e-300)
     differ = apart > ROUNDING.get(torch.promote_types(a.dtype, b.dtype), 1e-2)
-    if apart > 1e-15 and float(mass_b.detach()) > 0:
+    if apart > 1e-15 and held_b > 0:
         b = b * (mass_a / mass_b).to(b.dtype)
     if differ:
         warnings.warn(
-            f"a has the mass {float(mass_a.detach()):.6g} and b {float(mass_b.detach()):.6g}: no plan has both as marginals; "
+            f"a has the mass {held_a:.6g} and b {held_b:.6g}: no plan has both as marginals; "
             "b was rescaled to the mass of a. Normalise them, or use ot.unbalanced.",
             stacklevel=_outside(),
         )

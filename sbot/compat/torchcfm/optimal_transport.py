@@ -24,7 +24,7 @@ from ...solvers import Sinkhorn
 METHODS = ("exact", "sinkhorn", "unbalanced", "partial")
 #: The exact method starts from an entropic plan of this eps, in units of the mean cost, left at this marginal error;
 #: below this number of points it needs no start.
-NEAR, ROUGH, FEW = 1e-3, 0.05, 32
+NEAR, ROUGH, FEW = 5e-4, 0.05, 32
 #: Points up to which POT's network simplex is quicker, on the CPU.
 SIMPLEX = 400
 #: Marginal error that float32 may leave; where it leaves more the plan is computed in float64.
@@ -97,19 +97,20 @@ class OTPlanSampler:
     def get_map(self, x0: Tensor, x1: Tensor) -> Tensor:
         """The plan between uniform weights on ``x0 (n, *dim)`` and ``x1 (m, *dim)``, ``(n, m)``, without gradient."""
         x, y = self._points(x0), self._points(x1)
-        plan = self._plan(x[None], y[None])[0]
+        plan = _exact(_half_cost(x, y)) if self.method == "exact" else self._entropic(x, y)
         return plan.to(x.dtype)
 
-    def _plan(self, x: Tensor, y: Tensor) -> Tensor:
+    def _plans(self, x: Tensor, y: Tensor) -> Tensor:
         """Plans of a batch of problems ``(b, n, d)``, ``(b, m, d)``, as ``(b, n, m)``."""
         if self.method == "exact":
             return torch.stack([_exact(_half_cost(*pair)) for pair in zip(x, y, strict=True)])
         return self._entropic(x, y)
 
     def _entropic(self, x: Tensor, y: Tensor) -> Tensor:
+        """Of one problem, or of each of a batch, ``(*b, n, m)``."""
         eps, rho = self.reg / 2, self.reg_m / 2
         if self.normalize_cost:
-            size = torch.cdist(x, y).amax((-2, -1))[:, None, None]
+            size = torch.cdist(x, y).amax((-2, -1))[..., None, None]
             size = torch.where(size > 0, size, 1.0)
             x, y = x / size, y / size
         if x.dtype == torch.float32 and torch.finfo(x.dtype).eps * _reach(x, y) > 2 * eps * RESOLVED:
@@ -130,7 +131,7 @@ class OTPlanSampler:
                 f"a plan has mass {float(mass.min()):.1e}: the points are far apart for this reg_m; it is scaled to mass 1",
                 stacklevel=4,
             )
-        return torch.where((mass < LIGHT)[:, None, None], _scaled(bridge, x, y, eps), plan)
+        return torch.where((mass < LIGHT)[..., None, None], _scaled(bridge, x, y, eps), plan)
 
     def _points(self, x: Any) -> Tensor:
         points = as_tensor(x, "x").detach()
@@ -145,9 +146,11 @@ class OTPlanSampler:
         self, pi: Any, batch_size: int, replace: bool = True, *, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
         """Rows and columns of ``batch_size`` cells of the plan ``pi (n, m)``; without replacement no cell comes twice."""
-        plan = require_finite(as_tensor(pi, "pi"), "pi").detach()
-        count = as_count(batch_size, "batch_size")
-        if plan.ndim != 2 or bool((plan < 0).any()) or not bool((plan > 0).any()):
+        plan, count = as_tensor(pi, "pi").detach(), as_count(batch_size, "batch_size")
+        low, high = (float(end) for end in torch.aminmax(plan)) if plan.numel() else (0.0, 0.0)
+        if not math.isfinite(high - low):
+            require_finite(plan, "pi")
+        if plan.ndim != 2 or low < 0 or high <= 0:
             raise InvalidProblem("pi must be a plan (n, m) with entries >= 0 and some mass")
         if replace:
             cell = quantile(plan.flatten(), _levels(count, plan.device, generator))
@@ -185,6 +188,11 @@ class OTPlanSampler:
     def _pairs(self, x0: Tensor, x1: Tensor, replace: bool, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         if self.permutation:
             return self._permuted(self._points(x0), self._points(x1))
+        if self.method == "exact" and replace and len(x0) == len(x1):
+            rows, columns = self._permuted(self._points(x0), self._points(x1))
+            # the draw of `sample_map`, without the plan, whose cells are those of the rows
+            drawn = quantile(torch.ones_like(rows), _levels(len(rows), rows.device, generator))
+            return rows[drawn], columns[drawn]
         return self.sample_map(self.get_map(x0, x1), x0.shape[0], replace=replace, generator=generator)
 
     def _permuted(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -205,7 +213,7 @@ class OTPlanSampler:
         flat = flat.float() if flat.dtype in HALF else flat
         here = torch.arange(points.shape[0], device=points.device)
         taken = [here]
-        for plan in self._plan(flat[:-1], flat[1:]) if len(flat) > 1 else ():
+        for plan in self._plans(flat[:-1], flat[1:]) if len(flat) > 1 else ():
             law = plan[taken[-1]]
             if not bool((law.sum(-1) > 0).all()):
                 raise InvalidProblem("a point has no mass to send on; raise reg_m or bring the points nearer")
@@ -282,8 +290,8 @@ def _vertex(cost: Tensor) -> Tensor | None:
 def _scaled(bridge: Bridge, x: Tensor, y: Tensor, eps: float) -> Tensor:
     """The plan scaled to mass 1, whatever its mass."""
     f, g = bridge.potentials()
-    logits = (f.values[:, :, None] + g.values[:, None, :] - _half_cost(x, y)) / eps
-    return logits.flatten(1).softmax(-1).reshape(logits.shape)
+    logits = (f.values[..., :, None] + g.values[..., None, :] - _half_cost(x, y)) / eps
+    return logits.flatten(-2).softmax(-1).reshape(logits.shape)
 
 
 def wasserstein(
