@@ -417,7 +417,10 @@ class HalfSteps(Step):
         weights, wanted, columns = as_vector(r), as_vector(goal), as_vector(state.columns) + TINY
         u, v, sums = as_vector(torch.ones_like(r)), as_vector(torch.ones_like(goal)), as_vector(r)
         found = columns
-        whole, slack = as_vector(goal.sum(-1)), state.slack if isinstance(state.slack, float) else as_vector(state.slack)
+        whole, slack = (
+            as_vector(goal.sum(-1)),
+            state.slack if isinstance(state.slack, float) else as_vector(state.slack),
+        )
         # 1 at an atom of zero weight, where v is 0
         gone = as_vector((~state.live[1]).double()) if state.zeros else None
         lacking = _lacking(state, near)

@@ -215,7 +215,7 @@ class Sinkhorn(Solver):
         kernel = make_kernel(problem.cost, *problem.sites, memory=self.memory)
         self._require_tile(kernel)
         a, b = _taking_part(problem, kernel)
-        mean, largest = kernel.scale()
+        mean, largest = self._scale(problem, kernel)
         mild = float((mean / problem.eps).max()) <= 1 / MILD
         if not float(largest.max()) < math.inf:
             remedy = f"rescale the points (and eps){wider(problem.dtype, ' or use float64')}"
@@ -238,6 +238,15 @@ class Sinkhorn(Solver):
         values = f"{len(stages)} value{'s' if len(stages) > 1 else ''} of eps"
         said = f"cost {where}, {values}"
         return state, stages, replace(goal, notes=(*problem.notes, *goal.notes, said))
+
+    @staticmethod
+    def _scale(problem: Problem, kernel: LogKernel) -> tuple[Tensor, Tensor]:
+        """Mean and largest cost, ``(*b,)``; where the largest says that eps is large it stands for both."""
+        bound = kernel.bound()
+        if problem.batch_shape or bound * max(START, MILD) > problem.one_eps:
+            return kernel.scale()
+        largest = torch.tensor(bound, dtype=torch.float64, device=problem.device)
+        return largest, largest
 
     def _require_tile(self, kernel: LogKernel) -> None:
         """A tile is at least one row of costs, of each problem of a batch; memory=0 stores nothing, and sets no limit to it."""

@@ -74,11 +74,15 @@ def distances(x: Tensor, y: Tensor, metric: str) -> Tensor:
         return torch.cdist(x, y, p=1.0)
     centre = y.detach().mean(-2, keepdim=True)
     x, y = x - centre, y - centre
-    square = torch.baddbmm if x.ndim == 3 else torch.addmm
-    heights = x.square().sum(-1)[..., :, None] + y.square().sum(-1)[..., None, :]
-    squares = square(heights, x, y.mT, alpha=-2).clamp_(min=0)
+    # one product of (-2 x, |x|^2, 1) and (y, 1, |y|^2): no sweep over the matrix for what rows and columns add
+    high_x, high_y = (points.square().sum(-1, keepdim=True) for points in (x, y))
+    near, far = (
+        torch.cat([-2 * x, high_x, torch.ones_like(high_x)], -1),
+        torch.cat([y, torch.ones_like(high_y), high_y], -1),
+    )
+    squares = (near @ far.mT).clamp_(min=0)
     if x.shape == y.shape and torch.equal(x, y):
-        squares = squares * (1 - torch.eye(x.shape[-2], dtype=dtype, device=x.device))
+        squares.diagonal(dim1=-2, dim2=-1).zero_()
     if metric == "sqeuclidean":
         return squares
     apart = squares > 0
