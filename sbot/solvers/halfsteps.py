@@ -20,9 +20,10 @@ from torch import Tensor
 
 from ..kernels import FLOOR, Conditionals, LogKernel, same
 from ..linalg import Eps, along, as_eps
-from ..pace import TINY, Pace, as_array, half_step
+from ..pace import TINY, Pace, as_array
 from ..partial import capped, masses, support, violation
 from ..relaxed import damping, dual_term, target_weights
+from .scalings import Bounded, Hard, Relaxed
 
 #: after a look at the error: total iterations so far and the error; returns whether to stop
 Check = Callable[[int, float], bool]
@@ -405,68 +406,44 @@ class HalfSteps(Step):
             return self._advance(state, most, check)
 
     def _advance(self, state: State, most: int, check: Check) -> bool:
-        model, r, goal = state.model, state.rows, state.goal()
+        model = state.model
         assert model is not None
-        lam_a, lam_b = state.damp
-        hard = state.mass is None and state.rho == (math.inf, math.inf)
-        pace = self._paced(state)
-        near = _near(state)
-        omega = pace.omega if state.mass is None else None
+        bounded = state.mass is not None
+        pace, near = self._paced(state), _near(state)
+        omega = pace.omega
         # what follows is the same for tensors and arrays
-        products, as_vector, as_tensor = model.products() if state.mass is None else (model, same, same)
-        weights, wanted, columns = as_vector(r), as_vector(goal), as_vector(state.columns) + TINY
-        u, v, sums = as_vector(torch.ones_like(r)), as_vector(torch.ones_like(goal)), as_vector(r)
-        found = columns
-        whole, slack = (
-            as_vector(goal.sum(-1)),
-            state.slack if isinstance(state.slack, float) else as_vector(state.slack),
-        )
-        # 1 at an atom of zero weight, where v is 0
-        gone = as_vector((~state.live[1]).double()) if state.zeros else None
-        lacking = _lacking(state, near)
-        relaxed = None if hard or state.mass is not None else _Relaxed(state, wanted, as_vector)
+        products, as_vector, as_tensor = (model, same, same) if bounded else model.products()
+        weights, goal, columns = as_vector(state.rows), as_vector(state.goal()), as_vector(state.columns) + TINY
+        kind = Bounded if bounded else Hard if state.rho == (math.inf, math.inf) else Relaxed
+        aim: Hard = kind(state, goal, as_vector)
+        u, v, sums = as_vector(torch.ones_like(state.rows)), as_vector(torch.ones_like(state.columns)), weights
+        found, lacking = columns, _lacking(state, near)
         done, seen, stop, spread, worst = 0, 0, False, 0.0, math.inf
         while done < most and not stop:
             look = done == 1 or done % self.every == self.every - 1 or done == most - 1
-            v = half_step(v, wanted, columns, lam_b, omega) if state.mass is None else state.rise(columns.log()).exp_()
-            if relaxed is not None:
-                # half-steps alone would be slow to
-                shift = relaxed.shift(u, v)
-                u, v = u * shift, v / shift
+            u, v = aim.raise_columns(u, v, columns, omega)
             sums = _sums(products, v, near)
-            if state.mass is None:
-                # where the error is looked at, f is exact as everywhere else
-                u = half_step(u, 1.0, sums, lam_a, None if look else omega)
-            else:
-                u = (state.lower(state.lse + sums.log()) - state.height).exp_()
+            # where the error is looked at, f is exact as everywhere else
+            u = aim.raise_rows(u, sums, None if look else omega)
             columns = _columns(products, u, weights, found, near, lacking)
             done += 1
             if look:
-                moved = v if gone is None else v + gone
-                low, high = moved.min(), moved.max()
+                low, high = aim.range(v)
                 if not 0 < low <= high < math.inf:
                     return Exact().advance(state, most, check)
                 spread = max(math.log(high), -math.log(low))
                 if spread > (TRUST if model.sparse else RANGE):
                     break
-                if relaxed is not None:
-                    target = relaxed.goal(1, v)
-                    errors = abs(columns * v - target).sum(-1) / target.sum(-1).clip(min=TINY) / slack
-                elif state.mass is None:
-                    errors = abs(columns * v - wanted).sum(-1) / whole / slack
-                else:
-                    errors = state.distance(columns * v, moved.log()) / slack
+                errors = aim.errors(columns * v, v)
                 worst = float(errors.max())
                 stop = check(state.iterations + done, worst)
                 pace.look(errors, done - seen)
-                seen = done
+                seen, omega = done, pace.omega
                 if not stop and not near and not model.exact and worst <= ROUNDED:
                     break
-                # over-relaxation would cross the cap of a partial plan
-                omega = pace.omega if state.mass is None else None
         state.move(as_tensor(v).log())
         state.iterations += done
-        if stop and state.mass is None and self._sure(model, near, spread, worst):
+        if stop and not bounded and self._sure(model, near, spread, worst):
             state.land(as_tensor(u).log(), as_tensor(weights * u * sums), as_tensor(columns * v))
         else:
             # the constant to move depends on f, which has moved with g
@@ -496,26 +473,6 @@ class HalfSteps(Step):
         else:
             self._pace.last = as_array(errors)
         return self._pace
-
-
-class _Relaxed:
-    """The marginals that scalings ask for where these are relaxed, and what `State.translate` makes of it; on vectors."""
-
-    def __init__(self, state: State, goal: Any, as_vector: Callable[[Tensor], Any]) -> None:
-        self.powers = tuple(0.0 if math.isinf(rho) else state.unit / rho for rho in state.rho)
-        self.power = 1 / (self.powers[0] + self.powers[1])
-        self.goals = as_vector(target_weights(state.a.double(), state.f.double(), state.rho[0])), goal
-
-    def goal(self, side: int, scaling: Any) -> Any:
-        """``a e^{-f / rho}`` with f moved by ``eps log u``, or that of g and v."""
-        goal, power = self.goals[side], self.powers[side]
-        hard = not isinstance(power, Tensor) and power == 0
-        return goal if hard else goal / (scaling + (goal == 0)) ** power
-
-    def shift(self, u: Any, v: Any) -> Any:
-        """The factor of u, and one over that of v, with which both sides ask for the same mass."""
-        one, two = (self.goal(side, scaling).sum(-1)[..., None] for side, scaling in enumerate((u, v)))
-        return (one / two) ** self.power
 
 
 def _near(state: State) -> bool:

@@ -1,0 +1,98 @@
+"""Half-steps on scalings u, v of ``e^{f/eps}`` and ``e^{g/eps}``: what the masses of rows and columns are brought to.
+
+Vectors are tensors or arrays, whichever the products of the model are quickest with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..linalg import Eps
+from ..pace import TINY, half_step
+from ..relaxed import target_weights
+
+if TYPE_CHECKING:
+    from .halfsteps import State
+
+
+class Hard:
+    """Marginals that are met: ``v = b / columns``, ``u = 1 / sums``, the latter over the row masses."""
+
+    def __init__(self, state: State, goal: Any, as_vector: Callable[[Tensor], Any]) -> None:
+        self.goal, self.whole = goal, goal.sum(-1)
+        self.slack = as_vector(state.slack) if isinstance(state.slack, Tensor) else state.slack
+        # 1 at an atom of zero weight, where v is 0
+        self.gone = as_vector((~state.live[1]).double()) if state.zeros else None
+
+    def raise_columns(self, u: Any, v: Any, columns: Any, omega: Eps | None) -> tuple[Any, Any]:
+        """u and v after the half-step of g, over-relaxed by ``omega``."""
+        return u, half_step(v, self.goal, columns, 1.0, omega)
+
+    def raise_rows(self, u: Any, sums: Any, omega: Eps | None) -> Any:
+        """u after the half-step of f."""
+        return half_step(u, 1.0, sums, 1.0, omega)
+
+    def range(self, v: Any) -> tuple[Any, Any]:
+        """The least and the largest of v, at atoms that have weight."""
+        there = v if self.gone is None else v + self.gone
+        return there.min(), there.max()
+
+    def errors(self, masses: Any, v: Any) -> Any:
+        """`State.errors` at these masses of columns."""
+        return abs(masses - self.goal).sum(-1) / self.whole / self.slack
+
+
+class Relaxed(Hard):
+    """Marginals that are encouraged, on one side at least: half-steps are damped, and the goal moves with the potential.
+
+    A constant between f and g would move by a factor ``rho / (rho + eps)`` in each half-step, which is hardly at all for small
+    eps: it is set to the dual optimum between them, as `State.translate` does (Sejourne, Vialard and Peyre 2022).
+    """
+
+    def __init__(self, state: State, goal: Any, as_vector: Callable[[Tensor], Any]) -> None:
+        super().__init__(state, goal, as_vector)
+        self.damp = state.damp
+        self.powers = tuple(0.0 if math.isinf(rho) else state.unit / rho for rho in state.rho)
+        self.power = 1 / (self.powers[0] + self.powers[1])
+        self.goals = as_vector(target_weights(state.a.double(), state.f.double(), state.rho[0])), goal
+
+    def raise_columns(self, u: Any, v: Any, columns: Any, omega: Eps | None) -> tuple[Any, Any]:
+        v = half_step(v, self.goal, columns, self.damp[1], omega)
+        one, two = (self._goal(side, scaling).sum(-1)[..., None] for side, scaling in enumerate((u, v)))
+        shift = (one / two) ** self.power
+        return u * shift, v / shift
+
+    def raise_rows(self, u: Any, sums: Any, omega: Eps | None) -> Any:
+        return half_step(u, 1.0, sums, self.damp[0], omega)
+
+    def errors(self, masses: Any, v: Any) -> Any:
+        goal = self._goal(1, v)
+        return abs(masses - goal).sum(-1) / goal.sum(-1).clip(min=TINY) / self.slack
+
+    def _goal(self, side: int, scaling: Any) -> Any:
+        """``a e^{-f / rho}`` with f moved by ``eps log u``, or that of g and v."""
+        goal, power = self.goals[side], self.powers[side]
+        hard = not isinstance(power, Tensor) and power == 0
+        return goal if hard else goal / (scaling + (goal == 0)) ** power
+
+
+class Bounded(Hard):
+    """A prescribed mass within the marginals (see `partial`); tensors only, and never over-relaxed, which would cross the cap."""
+
+    def __init__(self, state: State, goal: Any, as_vector: Callable[[Tensor], Any]) -> None:
+        super().__init__(state, goal, as_vector)
+        self.state = state
+
+    def raise_columns(self, u: Any, v: Any, columns: Any, omega: Eps | None) -> tuple[Any, Any]:
+        return u, self.state.rise(columns.log()).exp_()
+
+    def raise_rows(self, u: Any, sums: Any, omega: Eps | None) -> Any:
+        return (self.state.lower(self.state.lse + sums.log()) - self.state.height).exp_()
+
+    def errors(self, masses: Any, v: Any) -> Any:
+        there = v if self.gone is None else v + self.gone
+        return self.state.distance(masses, there.log()) / self.slack
