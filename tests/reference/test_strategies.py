@@ -12,7 +12,7 @@ import torch
 
 import sbot
 from sbot.kernels import Conditionals, conditionals
-from sbot.solvers import cells, halfsteps, sinkhorn
+from sbot.solvers import cells, scalings, sinkhorn
 from sbot.solvers.halfsteps import Exact, State
 from sbot.solvers.newton import Newton
 
@@ -142,7 +142,7 @@ def seen(monkeypatch):
 
     spy(Conditionals, "close", model)
     spy(Conditionals, "products", lambda found, self: "arrays" if self.sparse and found[0] is not self else "tensors")
-    spy(halfsteps, "half_step", lambda _, *given: "plain" if given[-1] is None else "over-relaxed")
+    spy(scalings, "half_step", lambda _, *given: "plain" if given[-1] is None else "over-relaxed")
     spy(Exact, "_mixed", lambda _, self, goal: "Anderson" if len(self._past) > 1 else "plain pass")
     spy(Newton, "direction", lambda *_: "conjugate gradients")
     spy(Newton, "solution", lambda z, *_: "no factor" if z is None else "factorised")
