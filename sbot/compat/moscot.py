@@ -13,7 +13,10 @@ from torch import Tensor
 
 from ..api import solve_bridge
 from ..arrays import as_tensor
+from ..bridge import Bridge
 from ..errors import Unsupported
+from ..measures import Discrete
+from ..relaxed import dual_term
 from ..solvers import Sinkhorn
 
 #: Options of moscot's own backend that change nothing here, with the values at which they ask for nothing.
@@ -69,8 +72,7 @@ def register(name: str = "sbot") -> None:
             bridge = solve_bridge(**data, solver=Sinkhorn(**self._options))
             return MatrixSolverOutput(
                 bridge.plan().numpy(),
-                # of a relaxed problem moscot's value counts masses differently: better none than another one
-                cost=float(bridge.cost()) if data["relax"] is None else math.nan,
+                cost=float(bridge.cost()) if data["relax"] is None else value(bridge),
                 converged=bridge.report.converged,
                 is_linear=True,
             )
@@ -135,6 +137,24 @@ def scaled(cost: Tensor, scale: Any) -> Tensor:
         middle = (cost.median() - (-cost).median()) / 2
         scale = cost.mean() if scale == "mean" else middle if scale == "median" else cost.max()
     return cost / scale
+
+
+def value(bridge: Bridge) -> float:
+    """What OTT reports of a relaxed problem: ``sum F(a, f - eps log a) + sum F(b, g - eps log b) + eps (m_a m_b - m)``.
+
+    ``F(a, h)`` is ``a rho (1 - e^{-h / rho})``, or ``a h`` where the marginal is hard, for the potentials of the plan with
+    respect to the counting measure.  It is the dual of the problem whose entropy is relative to ``a x b``, at the potentials
+    of this one, and so the value of neither.
+    """
+    problem = bridge.problem
+    assert isinstance(problem.mu, Discrete) and isinstance(problem.nu, Discrete)
+    total = problem.one_eps * float(problem.mu.mass * problem.nu.mass - bridge.plan().sum())
+    for side, potential, rho in zip((problem.mu, problem.nu), bridge.potentials(), problem.relax, strict=True):
+        a, f = side.weights, potential.values
+        live = a > 0
+        shifted = torch.where(live, f - problem.one_eps * torch.where(live, a, 1.0).log(), 0.0)
+        total += float((a * dual_term(shifted, rho)).sum())
+    return total
 
 
 def relaxation(asked: dict[str, Any], eps: float) -> tuple[float, float] | None:
