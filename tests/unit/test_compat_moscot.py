@@ -60,7 +60,7 @@ def test_the_value_of_a_relaxed_problem_tends_to_that_of_the_hard_one(data):
 
 
 def test_the_value_is_the_dual_at_these_potentials(data):
-    """At the potentials of the entropy relative to ``a x b``, in the terms of the counting measure, it is that problem's value."""
+    """At the potentials of the entropy relative to ``a x b``, in terms of the counting measure, it is the value there."""
     _, cost, asked = data
     mu, nu, c = (torch.as_tensor(part) for part in (asked["a"], asked["b"], cost))
     relative = sbot.solve_bridge(mu, nu, 0.3, cost=c, relax=(0.5, 0.8), solver=sbot.Sinkhorn(tol=1e-12))

@@ -97,17 +97,17 @@ class OTPlanSampler:
     def get_map(self, x0: Tensor, x1: Tensor) -> Tensor:
         """The plan between uniform weights on ``x0 (n, *dim)`` and ``x1 (m, *dim)``, ``(n, m)``, without gradient."""
         x, y = self._points(x0), self._points(x1)
-        plan = _exact(_half_cost(x, y)) if self.method == "exact" else self._entropic(x, y)
-        return plan.to(x.dtype)
+        return self._plan(x, y).to(x.dtype)
 
-    def _plans(self, x: Tensor, y: Tensor) -> Tensor:
-        """Plans of a batch of problems ``(b, n, d)``, ``(b, m, d)``, as ``(b, n, m)``."""
-        if self.method == "exact":
-            return torch.stack([_exact(_half_cost(*pair)) for pair in zip(x, y, strict=True)])
-        return self._entropic(x, y)
+    def _plan(self, x: Tensor, y: Tensor) -> Tensor:
+        """That of one problem, or those of a batch ``(b, n, d)``, ``(b, m, d)``, as ``(b, n, m)``."""
+        if self.method != "exact":
+            return self._entropic(x, y)
+        if x.ndim == 2:
+            return _exact(_half_cost(x, y))
+        return torch.stack([_exact(_half_cost(*pair)) for pair in zip(x, y, strict=True)])
 
     def _entropic(self, x: Tensor, y: Tensor) -> Tensor:
-        """Of one problem, or of each of a batch, ``(*b, n, m)``."""
         eps, rho = self.reg / 2, self.reg_m / 2
         if self.normalize_cost:
             size = torch.cdist(x, y).amax((-2, -1))[..., None, None]
@@ -213,7 +213,7 @@ class OTPlanSampler:
         flat = flat.float() if flat.dtype in HALF else flat
         here = torch.arange(points.shape[0], device=points.device)
         taken = [here]
-        for plan in self._plans(flat[:-1], flat[1:]) if len(flat) > 1 else ():
+        for plan in self._plan(flat[:-1], flat[1:]) if len(flat) > 1 else ():
             law = plan[taken[-1]]
             if not bool((law.sum(-1) > 0).all()):
                 raise InvalidProblem("a point has no mass to send on; raise reg_m or bring the points nearer")

@@ -95,25 +95,32 @@ class Swap:
         self._set(owner, name, counted)
 
     def _watch_plans(self) -> None:
-        plan = ours.OTPlanSampler._plan
+        plan, permuted = ours.OTPlanSampler._plan, ours.OTPlanSampler._permuted
+
+        def seen(sampler: Any, x: torch.Tensor, y: torch.Tensor) -> None:
+            pairs = [(x, y)] if x.ndim == 2 else list(zip(x, y, strict=True))
+            self.counts[f"plan {sampler.method}"] += len(pairs)
+            if self.mode in ("differential", "wrong"):
+                for one, two in pairs:
+                    self._compare(sampler, one.double(), two.double())
 
         def watched(sampler: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            self.counts[f"plan {sampler.method}"] += len(x)
-            if self.mode == "wrong":
-                got = torch.ones_like(plan(sampler, x, y)) / (x.shape[1] * y.shape[1])
-            else:
-                got = plan(sampler, x, y)
-            if self.mode in ("differential", "wrong"):
-                for k in range(len(x)):
-                    self._compare(sampler, x[k].double(), y[k].double())
-            return got
+            seen(sampler, x, y)
+            got = plan(sampler, x, y)
+            return torch.ones_like(got) / (x.shape[-2] * y.shape[-2]) if self.mode == "wrong" else got
+
+        def watched_pairs(sampler: Any, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            seen(sampler, x, y)
+            rows, columns = permuted(sampler, x, y)
+            return rows, columns.roll(1) if self.mode == "wrong" else columns
 
         self._set(ours.OTPlanSampler, "_plan", watched)
+        self._set(ours.OTPlanSampler, "_permuted", watched_pairs)
         self._plan = plan
 
     def _compare(self, sampler: Any, x: torch.Tensor, y: torch.Tensor) -> None:
         """Both plans, in float64: cost and entries, or the marginals where theirs has not converged."""
-        got = self._plan(sampler, x[None], y[None])[0].numpy()
+        got = self._plan(sampler, x, y).numpy()
         if self.mode == "wrong":
             got = np.full_like(got, 1 / got.size)
         options = {name: getattr(sampler, name) for name in ("reg", "reg_m", "normalize_cost")}
