@@ -122,6 +122,27 @@ def _one(allowed: Any, a: Any, b: Any, spare: float | None, slack: float, proble
     return shortage(_cut(small, supply, demand), "a maximal flow through the allowed pairs")
 
 
+def evened(allowed: Tensor, a: Tensor, b: Tensor) -> Tensor | None:
+    """What to multiply ``b (m,)`` with to give it the mass of ``a (n,)`` in each connected part of ``allowed (n, m)``.
+
+    That is where alternating half-steps end.  None where a part has mass on one side only.
+    """
+    supply, demand = (side.detach().double().cpu().numpy() for side in (a, b))
+    live = np.flatnonzero(supply > 0), np.flatnonzero(demand > 0)
+    rows, row_of = _alike(allowed.cpu().numpy()[np.ix_(*live)])
+    columns, column_of = _alike(rows.T)
+    small = columns.T
+    factor, met = np.ones(len(demand)), np.zeros(len(live[1]), dtype=bool)
+    for part in _parts(small) or [np.ones(len(small), dtype=bool)]:
+        here, there = live[0][part[row_of]], small[part].any(0)[column_of]
+        room = demand[live[1][there]].sum()
+        if not room > 0:
+            return None
+        factor[live[1][there]] = supply[here].sum() / room
+        met |= there
+    return torch.from_numpy(factor).to(b) if met.all() else None
+
+
 def _alike(pattern: Any) -> tuple[Any, Any]:
     """The different rows of a pattern, and which of them each row is."""
     packed = np.ascontiguousarray(np.packbits(pattern, axis=1))

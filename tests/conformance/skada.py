@@ -16,7 +16,7 @@ from typing import Any
 from .harness import report_of
 from .pot import summary
 
-FILES = ("test_mapping.py", "test_ot.py", "test_label_prop.py", "test_pipeline.py")
+FILES = ("test_mapping.py", "test_ot.py", "test_label_prop.py", "test_pipeline.py", "test_gradual_da.py")
 MODES = ("pot", "sbot", "wrong")
 
 

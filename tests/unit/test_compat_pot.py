@@ -760,3 +760,29 @@ def test_unbalanced_transport_gets_the_iterations_it_needs():
         solver=Sinkhorn(tol=1e-11),
     ).plan()
     np.testing.assert_allclose(made.coupling_, want.numpy(), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["sinkhorn", "sinkhorn_log"])
+def test_parts_of_different_masses_end_where_the_iterations_do(method):
+    """Classes of other shares on the two sides: rows are met, columns have the mass of the rows of their part."""
+    draw = np.random.default_rng(0)
+    M = draw.random((6, 7))
+    M[:3, :4] = M[3:, 4:] = np.inf
+    a, b = draw.random(6) + 0.1, draw.random(7) + 0.1
+    a, b = a / a.sum(), b / b.sum()
+    with pytest.warns(UserWarning, match="each part"):
+        plan = ot.sinkhorn(a, b, M, 0.1, method=method)
+    np.testing.assert_allclose(plan.sum(1), a, rtol=1e-9)
+    shares = plan.sum(0) / b
+    np.testing.assert_allclose(
+        shares, np.repeat([a[3:].sum() / b[:4].sum(), a[:3].sum() / b[4:].sum()], [4, 3]), rtol=1e-9
+    )
+    with pytest.warns(UserWarning, match="did not converge"):
+        other = theirs.sinkhorn(a, b, M, 0.1)
+    np.testing.assert_allclose(plan, other, rtol=1e-7)
+
+
+def test_a_part_with_mass_on_one_side_only_is_refused():
+    M = np.array([[0.0, 1.0, np.inf], [1.0, 0.0, np.inf]])
+    with pytest.raises(ValueError, match="column 2"):
+        ot.sinkhorn([0.5, 0.5], [0.3, 0.3, 0.4], M, 1.0)

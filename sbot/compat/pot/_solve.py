@@ -26,6 +26,7 @@ from ...arrays import as_number
 from ...bridge import Report
 from ...costs import MatrixCost
 from ...errors import InvalidProblem, NotConverged, PrecisionWarning
+from ...feasibility import evened
 from ...linalg import full_precision
 from ...measures import Discrete
 from ...potential_bridge import PotentialBridge
@@ -164,7 +165,13 @@ def couple(
         with full_precision(), warnings.catch_warnings():
             warnings.simplefilter("ignore", NotConverged)
             warnings.simplefilter("ignore", PrecisionWarning)
-            problem = Problem.of(a, b, reg, cost=cost, relax=relax, **partial)
+            try:
+                problem = Problem.of(a, b, reg, cost=cost, relax=relax, **partial)
+            except InvalidProblem:
+                b = None if relax or partial else _evened(a, b, cost)
+                if b is None:
+                    raise
+                problem = Problem.of(a, b, reg, cost=cost)
             assert isinstance(problem.mu, Discrete)
             whole = float(problem.mu.mass.detach().max())
             init = None if ask.warm is None else _start(problem, *ask.warm)
@@ -173,6 +180,21 @@ def couple(
         raise InvalidProblem(_in_their_words(str(fault))) from None
     assert isinstance(bridge, PotentialBridge)
     return Solved(bridge, ask.stop)
+
+
+def _evened(a: Any, b: Any, M: Any) -> Tensor | None:
+    """``b`` with the mass of ``a`` in each part that forbidden pairs leave, which is where POT's iterations end too."""
+    if not all(isinstance(part, Tensor) for part in (a, b, M)) or not bool(torch.isposinf(M).any()):
+        return None
+    factor = evened(torch.isfinite(M.detach()), a, b)
+    if factor is None:
+        return None
+    warnings.warn(
+        "the forbidden pairs (+inf in M, or labels) leave parts in which a and b have different masses: no plan has both as "
+        "marginals; b was rescaled to the mass of a in each part. Give labels in equal shares, or use ot.unbalanced.",
+        stacklevel=_outside(),
+    )
+    return b * factor
 
 
 def _start(problem: Problem, log_u: Tensor, log_v: Tensor) -> PotentialBridge:
