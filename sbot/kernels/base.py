@@ -105,8 +105,10 @@ class LogKernel(ABC):
         """The tensors that C is computed from; `reduce` is differentiable in them."""
 
     @abstractmethod
-    def pull_back(self, tiles: Iterator[tuple[slice, Tensor]]) -> tuple[Tensor | None, ...]:
-        """Gradients in the leaves, given the gradient in C as tiles of rows (consumed one at a time)."""
+    def pull_back(
+        self, tiles: Iterator[tuple[slice, Tensor]], wanted: Sequence[bool] = (True, True)
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients in the leaves that are ``wanted``, given the gradient in C as tiles of rows (consumed one at a time)."""
 
     def scale(self) -> tuple[Tensor, Tensor]:
         """Mean and largest of ``|C|`` over the finite entries (the largest may be an upper bound), ``(*b,)``."""
@@ -362,11 +364,10 @@ class _Reduction(torch.autograd.Function):
         kernel = ctx.kernel.on(leaves)
         # tiles of half the size fit where those of the solve were, though small tensors may lie there now
         kernel.copies = max(2, kernel.copies)
-        d_bias = torch.zeros_like(bias)
-        d_values = None if values is None else torch.zeros_like(values)
-        d_eps = (
-            torch.zeros(kernel.batch_shape, dtype=bias.dtype, device=bias.device) if ctx.needs_input_grad[1] else None
-        )
+        _, to_eps, to_bias, to_values, *to_leaves = ctx.needs_input_grad
+        d_bias = torch.zeros_like(bias) if to_bias else None
+        d_values = torch.zeros_like(values) if to_values else None
+        d_eps = torch.zeros(kernel.batch_shape, dtype=bias.dtype, device=bias.device) if to_eps else None
         base = grad_lse if values is None else grad_lse - (grad_avg * avg).sum(-1)
 
         def tiles() -> Iterator[tuple[slice, Tensor]]:
@@ -374,16 +375,23 @@ class _Reduction(torch.autograd.Function):
                 weight = base[..., rows, None]
                 if d_values is not None:
                     d_values.add_(p.mT @ grad_avg[..., rows, :])
+                if values is not None:
                     weight = weight + grad_avg[..., rows, :] @ values.mT
                 w = p.mul_(weight)
-                d_bias.add_(w.sum(-2))
+                if d_bias is not None:
+                    d_bias.add_(w.sum(-2))
                 w.mul_(along(-1 / eps, 2))
                 if d_eps is not None:
                     d_eps.sub_(kernel.inner(rows, w))
                 yield rows, w
 
         with linalg.full_precision():
-            grads = kernel.pull_back(tiles())
+            if any(to_leaves):
+                grads = kernel.pull_back(tiles(), to_leaves)
+            else:
+                grads = (None,) * len(leaves)
+                for _ in tiles():  # for what else they are made of
+                    pass
         return None, share_of(given, d_eps, eps), d_bias, d_values, *grads
 
 

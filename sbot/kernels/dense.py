@@ -49,7 +49,9 @@ class DenseKernel(LogKernel):
     def leaves(self) -> tuple[Tensor, ...]:
         return (self.stored,)
 
-    def pull_back(self, tiles: Iterator[tuple[slice, Tensor]]) -> tuple[Tensor | None, ...]:
+    def pull_back(
+        self, tiles: Iterator[tuple[slice, Tensor]], wanted: Sequence[bool] = (True,)
+    ) -> tuple[Tensor | None, ...]:
         out = torch.empty_like(self.stored)
         for rows, tile in tiles:
             out[..., rows, :] = tile.sum_to_size(out[..., rows, :].shape)

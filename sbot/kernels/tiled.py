@@ -64,33 +64,53 @@ class TiledKernel(LogKernel):
     def leaves(self) -> tuple[Tensor, ...]:
         return self.x, self.y
 
-    def pull_back(self, tiles: Iterator[tuple[slice, Tensor]]) -> tuple[Tensor | None, ...]:
+    def pull_back(
+        self, tiles: Iterator[tuple[slice, Tensor]], wanted: Sequence[bool] = (True, True)
+    ) -> tuple[Tensor | None, ...]:
         if self._embedded is None:
-            return self._pull_back_entries(tiles)
+            return self._pull_back_entries(tiles, wanted)
         # d C = sum_j w_ij (u_i - v_j) for u_i and sum_i w_ij (v_j - u_i) for v_j, then once through the embedding
         u, v = self._embedded
         d_u, d_v = torch.zeros_like(u), torch.zeros_like(v)
+        at_u, at_v = wanted[::-1] if self.flipped else wanted
         for rows, w in tiles:
-            d_u[..., rows, :] = w.sum(-1)[..., None] * u[..., rows, :] - w @ v
-            d_v += w.sum(-2)[..., None] * v - w.mT @ u[..., rows, :]
+            if at_u:
+                d_u[..., rows, :] = w.sum(-1)[..., None] * u[..., rows, :] - w @ v
+            if at_v:
+                d_v += w.sum(-2)[..., None] * v - w.mT @ u[..., rows, :]
         if self.flipped:
             d_u, d_v = d_v, d_u
-        return linalg.pulled_back(self.cost.embed, self.leaves, (d_u, d_v))
+        found = linalg.pulled_back(self.cost.embed, self.leaves, (d_u, d_v))
+        return tuple(grad if asked else None for grad, asked in zip(found, wanted, strict=True))
 
-    def _pull_back_entries(self, tiles: Iterator[tuple[slice, Tensor]]) -> tuple[Tensor | None, ...]:
+    def _pull_back_entries(
+        self, tiles: Iterator[tuple[slice, Tensor]], wanted: Sequence[bool]
+    ) -> tuple[Tensor | None, ...]:
         """Any cost: autograd through one tile of entries at a time."""
         x, y = (leaf.detach() for leaf in self.leaves)
-        grads = torch.zeros_like(x), torch.zeros_like(y)
-        here, there = (1, 0) if self.flipped else (0, 1)
+        grads = [torch.zeros_like(leaf) if asked else None for leaf, asked in zip((x, y), wanted, strict=True)]
+        free = [side for side, asked in enumerate(wanted) if asked]
+        here = 1 if self.flipped else 0
         for rows, w in tiles:
             parts = [x, y]
             parts[here] = parts[here][..., rows, :]
-            got = linalg.pulled_back(self.cost.matrix, parts, w.mT if self.flipped else w)
-            if (near := got[here]) is not None:
-                grads[here][..., rows, :] = near
-            if (far := got[there]) is not None:
-                grads[there].add_(far)
-        return grads
+
+            def entries(*moving: Tensor, at: list[Tensor] = parts) -> Tensor:
+                pair = list(at)
+                for side, points in zip(free, moving, strict=True):
+                    pair[side] = points
+                return self.cost.matrix(*pair)
+
+            got = linalg.pulled_back(entries, [parts[side] for side in free], w.mT if self.flipped else w)
+            for side, grad in zip(free, got, strict=True):
+                out = grads[side]
+                if grad is None or out is None:
+                    continue
+                if side == here:
+                    out[..., rows, :] = grad
+                else:
+                    out.add_(grad)
+        return tuple(grads)
 
     def entries(self, rows: slice | Tensor) -> Tensor:
         if self.flipped:
