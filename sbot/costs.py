@@ -228,6 +228,10 @@ class MatrixCost(Cost):
         low, high = torch.aminmax(self.values.detach())
         return float(low), float(high)
 
+    def look_again(self) -> None:
+        """Forget what was found in the entries: a matrix that is kept may have been written to."""
+        self.__dict__.pop("ends", None)
+
     @property
     def forbids(self) -> bool:
         """Whether some pair is forbidden."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any, final
 
 import torch
@@ -114,6 +115,11 @@ class DiscreteCoupling(Coupling):
 
     def _kernel(self) -> LogKernel:
         return make_kernel(self.problem.cost, *(site.detach() for site in self.problem.sites))
+
+    @cached_property
+    def _whole(self) -> LogKernel:
+        """The kernel of all rows, which any number of `plan` calls share: some rows are then those of the whole plan."""
+        return self._kernel()
 
     @property
     def damp(self) -> tuple[Eps, Eps]:
@@ -228,20 +234,20 @@ class DiscreteCoupling(Coupling):
 
     @torch.no_grad()
     def _plan(self, rows: Any) -> Tensor:
-        kernel, (left, right), unit = self._kernel(), self._logs, self.eps * LN2
+        kernel, (left, right), unit = self._whole, self._logs, self.eps * LN2
         index = None if rows is None else as_index(rows, self._mu.n, "rows", left.device)
         shape = (self._mu.n if index is None else len(index), self._nu.n)
         size = math.prod((*kernel.batch_shape, *shape)) * kernel.dtype.itemsize
         require_memory(size, kernel.device, f"a dense plan of shape {shape}", "ask for plan(rows=...) in parts")
         out = torch.empty((*kernel.batch_shape, *shape), dtype=kernel.dtype, device=kernel.device)
         # as a pass of the solver has it: its marginals are those that were solved for
-        column, offset = kernel.column(right / LN2, unit), kernel.offset(unit)
-        level = left / LN2 if offset is None else left / LN2 + offset
-        for tile in kernel.tiles():
-            if tile.start >= shape[0]:
-                break
+        column, step = kernel.column(right / LN2, unit), next(kernel.tiles()).stop
+        for start in range(0, shape[0], step):
+            tile = slice(start, min(start + step, shape[0]))
             part = tile if index is None else index[tile]
-            kernel.logits(part, column, unit, out[..., tile, :]).add_(level[..., part, None]).exp2_()
+            level, offset = left[..., part] / LN2, kernel.offset(unit, part)
+            level = level if offset is None else level + offset
+            kernel.logits(part, column, unit, out[..., tile, :]).add_(level[..., None]).exp2_()
         return out
 
     @property
@@ -399,7 +405,7 @@ class DiscreteCoupling(Coupling):
         total = torch.zeros(self.problem.batch_shape, dtype=torch.float64, device=self.problem.device)
         left, right = self._logs
         plain = not self.problem.may_forbid
-        for _, log2_p, c in self._tiles(left / LN2, right / LN2, self.eps * LN2):
+        for _, log2_p, c in self._tiles(left.double() / LN2, right.double() / LN2, self.eps * LN2):
             p = log2_p.exp2_()
             if not plain:
                 c = torch.where(torch.isfinite(c), c, 0.0)

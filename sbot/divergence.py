@@ -206,7 +206,6 @@ def _alone(problem: Problem, solver: Sinkhorn, tolerance: float, show: Callable[
     machine = torch.finfo(problem.dtype).eps
     tolerance = max(tolerance, machine * max(REACH * float((kernel.scale()[1] / eps).max()), 8.0))
     largest = float(eps.max()) if isinstance(eps, Tensor) else eps
-    most = min(MOST, solver.max_iter)
     laws = Conditionals(kernel, room_beside(kernel, problem.cost, solver.memory), few=True)
 
     def part_of(half: Tensor, p: Tensor) -> tuple[Tensor, float]:
@@ -222,7 +221,7 @@ def _alone(problem: Problem, solver: Sinkhorn, tolerance: float, show: Callable[
         return change, error
 
     p, best, waited, k = torch.zeros_like(a), _Self(torch.zeros_like(a), math.inf, False), 0, 0
-    while k < most:
+    for _ in range(MOST):
         lse, known = _pass(kernel, laws, log_a + p / unit, eps)
         half = -damp * unit * lse
         # an atom that forbidden pairs leave where it is takes no part, and keeps the infinite potential that it has
@@ -231,15 +230,18 @@ def _alone(problem: Problem, solver: Sinkhorn, tolerance: float, show: Callable[
         waited = 0 if error < 0.9 * best.error else waited + 1
         if error < best.error:
             best = _Self(torch.where(half == torch.inf, half, p), error, error <= tolerance)
-        if best.converged or waited >= PATIENCE:
+        if best.converged or waited >= PATIENCE or k >= solver.max_iter:
             break
         here, p = p, p + SHARES[k % len(SHARES)] * change
         k += 1
-        # between two passes on the laws that the last one found; what they leave out does not change
-        while known and k < most and float((move := (p - here) / unit).abs().max()) <= TRUST:
+        # between two passes on the laws that the last one found, until what they round or leave out is all that is left
+        least, idle = error, 0
+        while known and k < solver.max_iter and float((move := (p - here) / unit).abs().max()) <= TRUST:
             sums = (1 + laws.times(move.double().expm1())).clamp(min=TINY)
             change, error = part_of(-damp * unit * (lse + sums.log().to(lse)), p)
-            if error <= tolerance / 2:
+            idle = 0 if error < 0.9 * least else idle + 1
+            least = min(least, error)
+            if error <= tolerance / 2 or idle >= len(SHARES):
                 break
             p = p + SHARES[k % len(SHARES)] * change
             k += 1

@@ -77,6 +77,8 @@ class Problem:
         rho = _check_relax(relax)
         ref = as_reference(reference, cost)
         charge = ref.cost()
+        if isinstance(charge, MatrixCost) and (isinstance(cost, Cost) or reference is not None):
+            charge.look_again()
         a, b = (
             as_measure(side, name, histogram=_histogram(side, charge, axis, name))
             for side, name, axis in ((mu, "mu", -2), (nu, "nu", -1))

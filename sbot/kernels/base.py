@@ -141,8 +141,8 @@ class LogKernel(ABC):
         """``bias_j - C_ij / eps - offset_i`` for these rows, written into ``out``; see `column` and `offset`."""
         return weigh(self.entries(rows), column, eps, out)
 
-    def offset(self, eps: Eps) -> Tensor | None:
-        """``offset_i``, ``(*b, n)``: what `logits` leaves out of each row because it is cheaper to add at the end."""
+    def offset(self, eps: Eps, rows: slice | Tensor = slice(None)) -> Tensor | None:
+        """``offset_i``, ``(*b, r)``: what `logits` leaves out of each row because it is cheaper to add at the end."""
         return None
 
     def inner(self, rows: slice, tile: Tensor) -> Tensor:

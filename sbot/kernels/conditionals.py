@@ -186,7 +186,11 @@ class Conditionals:
         if self._columns is not None:
             return self._columns @ u
         assert self.dense is not None
-        return linalg.product(self.dense.mT, u.to(self.dense.dtype)).double()
+        if self.dense.dtype == u.dtype:
+            return linalg.product(self.dense.mT, u)
+        # masses may be smaller than single precision has numbers
+        top = u.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(u.dtype).tiny)
+        return linalg.product(self.dense.mT, (u / top).to(self.dense.dtype)).double() * top
 
     def squares(self, w: Tensor) -> Tensor:
         """``sum_i w_i K_ij^2``, ``(*b, m)``."""

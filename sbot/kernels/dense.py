@@ -32,6 +32,7 @@ class DenseKernel(LogKernel):
     def _over(self, stored: Tensor, batch_shape: tuple[int, ...]) -> DenseKernel:
         out = DenseKernel(stored, batch_shape)
         out._tiled_as(self)
+        out.ends = self.ends  # of all problems of a batch, and so of each
         return out
 
     @property

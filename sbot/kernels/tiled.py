@@ -149,8 +149,10 @@ class TiledKernel(LogKernel):
             return torch.addmm(column, u[rows], v.mT, alpha=1 / eps, out=out)
         return _multiplied(u[..., rows, :], v, out).mul_(along(1 / eps, 2)).add_(column[..., None, :])
 
-    def offset(self, eps: Eps) -> Tensor | None:
-        return None if self._embedded is None else self._embedded[0].square().sum(-1) / along(-2 * eps, 1)
+    def offset(self, eps: Eps, rows: slice | Tensor = slice(None)) -> Tensor | None:
+        if self._embedded is None:
+            return None
+        return self._embedded[0][..., rows, :].square().sum(-1) / along(-2 * eps, 1)
 
     def bound(self) -> float:
         if self._embedded is not None and self._largest == math.inf:

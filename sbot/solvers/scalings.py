@@ -50,7 +50,7 @@ class Relaxed(Hard):
     """Marginals that are encouraged, on one side at least: half-steps are damped, and the goal moves with the potential.
 
     A constant between f and g would move by a factor ``rho / (rho + eps)`` in each half-step, which is hardly at all for small
-    eps: it is set to the dual optimum between them, as `State.translate` does (Sejourne, Vialard and Peyre 2022).
+    eps: it is set to the dual optimum between them (Sejourne, Vialard and Peyre 2022).  In logarithms that is `State.imbalance`.
     """
 
     def __init__(self, state: State, goal: Any, as_vector: Callable[[Tensor], Any]) -> None:
