@@ -324,3 +324,42 @@ def test_few_entries_are_few_wherever_they_are(case):
         torch.zeros(m, dtype=kernel.dtype), eps, torch.full((n,), 1 / n, dtype=kernel.dtype), 0, model.keep
     )
     assert model.close() and model.sparse
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("eps", [1.0, 1e-3])
+@pytest.mark.parametrize("shape", [(200, 180), (4, 60, 150)])
+def test_large_reductions_with_and_without_their_largest_taken_away(dtype, eps, shape, generator):
+    """Beyond `MANY` entries exponentials do without it where nothing can be out of range, columns without weight included."""
+    *batch, n, m = shape
+    x, y = (part.to(dtype) for part in clouds(n, m, 2, generator, tuple(batch)))
+    bias = torch.randn(*batch, m, generator=generator, dtype=torch.float64).to(dtype)
+    bias[..., ::7] = -torch.inf
+    values = torch.randn(*batch, m, 2, generator=generator, dtype=torch.float64).to(dtype)
+    for cost in (Quadratic(), Lp(2)):
+        c = cost.matrix(x.double(), y.double())
+        known = make_kernel(MatrixCost(c.to(dtype)), torch.arange(n), torch.arange(m))
+        for kernel in (TiledKernel(cost, x, y), known, known.T.T):
+            near = 1e-10 if dtype == torch.float64 else 2e-5 * max(1.0, float(c.max()) / eps)
+            got, wanted = kernel.reduce(bias, eps, values), naive(c, bias.double(), eps, values.double())
+            torch.testing.assert_close(got[0].double(), wanted[0], rtol=near, atol=near)
+            torch.testing.assert_close(got[1].double(), wanted[1], rtol=near, atol=near)
+        assert known._flat(bias, eps) == (eps == 1.0)
+
+
+@pytest.mark.parametrize("cost", COSTS, ids=repr)
+@pytest.mark.parametrize("flipped", [False, True])
+def test_a_gradient_that_is_not_wanted_changes_no_other(cost, flipped, generator):
+    x, y = clouds(6, 5, 2, generator)
+    grads = []
+    for asks in ((True, True), (True, False), (False, True)):
+        leaves = [part.clone().requires_grad_(ask) for part, ask in zip((x, y), asks, strict=True)]
+        kernel = TiledKernel(cost, *leaves)
+        kernel = kernel.T if flipped else kernel
+        bias = torch.zeros(kernel.shape[1], dtype=torch.float64)
+        kernel.reduce(bias, 0.7)[0].square().sum().backward()
+        grads.append([leaf.grad for leaf in leaves])
+    both, first, second = grads
+    torch.testing.assert_close(first[0], both[0])
+    torch.testing.assert_close(second[1], both[1])
+    assert first[1] is None and second[0] is None

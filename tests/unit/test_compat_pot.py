@@ -786,3 +786,13 @@ def test_a_part_with_mass_on_one_side_only_is_refused():
     M = np.array([[0.0, 1.0, np.inf], [1.0, 0.0, np.inf]])
     with pytest.raises(ValueError, match="column 2"):
         ot.sinkhorn([0.5, 0.5], [0.3, 0.3, 0.4], M, 1.0)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_distances_within_a_cloud_are_symmetric_to_the_bit(dtype):
+    x = np.random.default_rng(0).normal(size=(40, 3)).astype(dtype)
+    x[0] *= 1e4
+    for metric in ("sqeuclidean", "euclidean", "cityblock"):
+        apart = ot.dist(x, x.copy(), metric=metric)
+        assert (apart == apart.T).all()
+        assert (np.diag(apart) == 0).all()

@@ -286,3 +286,17 @@ def test_bad_input(call, word):
 def test_unknown_options_are_refused():
     with pytest.raises(TypeError, match="numItermax"):
         wasserstein(torch.ones(2, 1), torch.ones(2, 1), numItermax=3)
+
+
+@pytest.mark.parametrize("n", [20, 60])
+def test_exact_pairs_are_those_of_the_plan(n, generator):
+    """Drawn from the permutation as from the plan it is, under one seed."""
+    x, y = (part.float() for part in clouds(n, n, 2, generator))
+    sampler = OTPlanSampler("exact")
+    drawn = []
+    for draw in (lambda: sampler._pairs(x, y, True, None), lambda: sampler.sample_map(sampler.get_map(x, y), n)):
+        np.random.seed(3)  # noqa: NPY002
+        drawn.append(draw())
+    for one, two in zip(*drawn, strict=True):
+        assert torch.equal(one, two)
+    assert len(set(drawn[0][0].tolist())) < n  # with replacement

@@ -426,3 +426,21 @@ def test_partial_divergences_in_a_batch(generator):
         torch.testing.assert_close(
             both[k], sbot.sinkhorn_divergence(x[k], y[k], 0.1, mass=float(mass[k])), rtol=1e-6, atol=1e-9
         )
+
+
+@pytest.mark.parametrize("memory", [2**30, 4 * 400**2])
+@pytest.mark.parametrize("eps", [0.5, 5e-3])
+def test_a_self_term_needs_few_passes_and_no_other_solver(memory, eps, generator, monkeypatch):
+    """On laws in double precision, and on rounded ones, that the memory leaves room for."""
+    passes = []
+    made = divergence._pass
+    monkeypatch.setattr(divergence, "_pass", lambda *given: (passes.append(1), made(*given))[1])
+    monkeypatch.setattr(divergence, "_as_any_other", lambda *_: pytest.fail("handed to the solver"))
+    x, y = clouds(400, 380, 2, generator)
+    a, b = weights(400, generator=generator), weights(380, generator=generator)
+    solver = sbot.Sinkhorn(tol=1e-10, memory=memory)
+    value = sbot.sinkhorn_divergence((x, a), (y, b), eps, solver=solver)
+    assert len(passes) <= 10, len(passes)
+    costs = [half_squares(*pair) for pair in ((x, y), (x, x), (y, y))]
+    terms = [plain(p, q, c, eps) for (p, q), c in zip(((a, b), (a, a), (b, b)), costs, strict=True)]
+    assert abs(float(value) - float(terms[0] - (terms[1] + terms[2]) / 2)) <= 1e-8

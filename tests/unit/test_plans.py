@@ -231,3 +231,17 @@ def test_atoms_of_no_weight_go_to_what_stays():
     bridge = sbot.solve_bridge([0.0, 0.5, 0.5], [0.5, 0.5, 0.5], 0.1, cost=cost, relax=1.0)
     assert sorted(bridge.assignment().tolist()) == [0, 1, 2]
     assert int(bridge.assignment()[0]) == 2
+
+
+@pytest.mark.parametrize("kind", ["points", "matrix", "batch", "wide"])
+def test_rows_may_repeat_and_outnumber_the_atoms(kind, generator):
+    """Rows that are asked for are those of the plan, more of them than there are, and than there are in a tile, included."""
+    n, m, count = (3, 2000, 1500) if kind == "wide" else (5, 4, 12)
+    x, y = clouds(n, m, 2, generator, (2,) if kind == "batch" else ())
+    if kind == "matrix":
+        w = torch.full((n,), 1 / n, dtype=torch.float64), torch.full((m,), 1 / m, dtype=torch.float64)
+        bridge = sbot.solve_bridge(*w, 0.3, cost=half_squares(x, y))
+    else:
+        bridge = sbot.solve_bridge(x, y, 0.3)
+    rows = torch.randint(-n, n, (count,), generator=generator)
+    torch.testing.assert_close(bridge.plan(rows=rows), bridge.plan()[..., rows % n, :], rtol=1e-12, atol=1e-300)

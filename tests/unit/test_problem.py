@@ -389,3 +389,19 @@ def test_solver_is_chosen_and_refusals_are_listed():
         sbot.Unsupported, match=r"(?s)ClosedForm: nu is Mixture.*Sinkhorn: mu is Gaussian, needs Discrete; try"
     ):
         sbot.solve_bridge(g, mixture, 1.0)
+
+
+def test_a_matrix_that_is_kept_may_change_between_two_solves():
+    """What a solve takes from its entries is looked at anew."""
+    c = torch.rand(30, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    w = torch.full((30,), 1 / 30, dtype=torch.float64)
+    kept = sbot.MatrixCost(c)
+    sbot.solve_bridge(w, w, 1.0, cost=kept)
+    for factor, eps in ((1e6, 1.0), (1e-9, 1e-5)):
+        c.mul_(factor)
+        got, wanted = (
+            float(sbot.solve_bridge(w, w, eps, cost=cost).linear_cost()) for cost in (kept, sbot.MatrixCost(c))
+        )
+        assert got == wanted
+    c[0, 0] = torch.inf
+    assert sbot.Problem.of(w, w, 1.0, cost=kept).may_forbid

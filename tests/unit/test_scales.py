@@ -85,3 +85,38 @@ def test_partial_transport_leaves_far_atoms_behind(far, eps, dtype, generator):
     assert expected <= float(bridge.cost() + bridge.gap()) + rounding
     assert float(bridge.cost()) == pytest.approx(expected, rel=5e-3)
     assert 0 <= float(bridge.gap()) < 0.1
+
+
+@pytest.mark.parametrize("relax", [1e3, (1e3, INF), (INF, 1e3), (1e3, 10.0)], ids=str)
+@pytest.mark.parametrize("n", [60, 600], ids=["exact laws", "rounded laws"])
+def test_a_constant_between_the_potentials_costs_no_iterations(relax, n):
+    """A strong relaxation of unequal masses takes about as many iterations as hard marginals: `rho / eps` does not count."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = clouds(n, n + 1, 2, generator)
+    a, b = weights(n, generator=generator), weights(n + 1, generator=generator)
+    solver = sbot.Sinkhorn(tol=1e-9)
+    hard = sbot.solve_bridge((x, a), (y, b), 0.5, solver=solver).report.iterations
+    bridge = sbot.solve_bridge((x, a), (y, 1.5 * b), 0.5, relax=relax, solver=solver)
+    assert bridge.report.converged
+    assert bridge.report.iterations <= 2 * hard + 8, (bridge.report.iterations, hard)
+
+
+@pytest.mark.parametrize("relax", [0.3, (0.3, INF), (INF, 5.0), (20.0, 0.3)], ids=str)
+@pytest.mark.parametrize("eps", [0.5, 0.05])
+def test_a_relaxed_solve_that_ends_without_a_pass_is_where_it_says(relax, eps):
+    """``f = -rho log(r / a)`` for sums r of rows, and so for g: the error that is reported is that of the plan."""
+    generator = torch.Generator().manual_seed(1)
+    x, y = clouds(50, 60, 2, generator)
+    a, b = weights(50, generator=generator), 1.3 * weights(60, generator=generator)
+    if isinstance(relax, tuple) and INF in relax:
+        b = b / 1.3
+    a[3] = b[5] = 0.0
+    if isinstance(relax, tuple) and INF in relax:
+        a, b = a / a.sum(), b / b.sum()
+    bridge = sbot.solve_bridge((x, a), (y, b), eps, relax=relax, solver=sbot.Sinkhorn(tol=1e-10))
+    assert bridge.report.converged
+    plan, (f, g) = bridge.plan(), (part.values for part in bridge.potentials())
+    rho = relax if isinstance(relax, tuple) else (relax, relax)
+    for sums, w, p, strength in ((plan.sum(1), a, f, rho[0]), (plan.sum(0), b, g, rho[1])):
+        target = torch.where(w > 0, w * torch.exp(-p / strength), 0.0) if strength < INF else w
+        assert float((sums - target).abs().sum() / target.sum()) <= 1.1e-10
