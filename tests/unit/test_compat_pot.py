@@ -796,3 +796,24 @@ def test_distances_within_a_cloud_are_symmetric_to_the_bit(dtype):
         apart = ot.dist(x, x.copy(), metric=metric)
         assert (apart == apart.T).all()
         assert (np.diag(apart) == 0).all()
+
+
+def test_labels_may_be_strings():
+    x = np.random.default_rng(0).normal(size=(4, 2))
+    plans = [
+        library.da.SinkhornLpl1Transport(reg_e=3.0).fit(Xs=x, ys=np.array(labels), Xt=x + 1).coupling_
+        for library, labels in ((ot, ["u", "u", "v", "v"]), (ot, [0, 0, 1, 1]), (theirs, ["u", "u", "v", "v"]))
+    ]
+    np.testing.assert_array_equal(plans[0], plans[1])
+    np.testing.assert_allclose(plans[0], plans[2], rtol=1e-6)
+
+
+def test_no_plan_is_an_error_and_no_promise():
+    """A target without a label joins the classes to one part, which no factor makes feasible: an error, and no warning."""
+    M = np.zeros((6, 6))
+    M[:4, 2:] = M[4:, 0] = np.inf
+    w = np.full(6, 1 / 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match="leave no plan"):
+            ot.sinkhorn(w, w, M, 1.0)

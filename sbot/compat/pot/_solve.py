@@ -46,6 +46,10 @@ DID_NOT_CONVERGE = (
     "Sinkhorn did not converge. You might want to increase the number of iterations `numItermax` or the "
     "regularization parameter `reg`."
 )
+PARTED = (
+    "the forbidden pairs (+inf in M, or labels) leave parts in which a and b have different masses: no plan has both as "
+    "marginals; b was rescaled to the mass of a in each part. Give labels in equal shares, or use ot.unbalanced."
+)
 #: Numerical knobs of POT's methods, and what its own functions pass along: taken, and of no effect here.
 KNOBS = ("tau", "print_period", "epsilon0", "numInnerItermax", "method", "tol_abs", "tol_rel")
 
@@ -172,6 +176,7 @@ def couple(
                 if b is None:
                     raise
                 problem = Problem.of(a, b, reg, cost=cost)
+                warnings.warn(PARTED, stacklevel=_outside())
             assert isinstance(problem.mu, Discrete)
             whole = float(problem.mu.mass.detach().max())
             init = None if ask.warm is None else _start(problem, *ask.warm)
@@ -187,14 +192,7 @@ def _evened(a: Any, b: Any, M: Any) -> Tensor | None:
     if not all(isinstance(part, Tensor) for part in (a, b, M)) or not bool(torch.isposinf(M).any()):
         return None
     factor = evened(torch.isfinite(M.detach()), a, b)
-    if factor is None:
-        return None
-    warnings.warn(
-        "the forbidden pairs (+inf in M, or labels) leave parts in which a and b have different masses: no plan has both as "
-        "marginals; b was rescaled to the mass of a in each part. Give labels in equal shares, or use ot.unbalanced.",
-        stacklevel=_outside(),
-    )
-    return b * factor
+    return None if factor is None else b * factor
 
 
 def _start(problem: Problem, log_u: Tensor, log_v: Tensor) -> PotentialBridge:

@@ -7,6 +7,7 @@ import math
 import warnings
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,9 +67,9 @@ def sinkhorn_lpl1_mm(
 
 
 def _one_hot(labels: Any, like: Tensor) -> Tensor:
-    y = labels if isinstance(labels, Tensor) else torch.as_tensor(labels)
-    _, index = torch.unique(y.to(like.device), return_inverse=True)
-    return torch.nn.functional.one_hot(index.flatten()).to(like)
+    y = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    _, index = np.unique(y, return_inverse=True)
+    return torch.nn.functional.one_hot(torch.from_numpy(index.reshape(-1))).to(like)
 
 
 # ---- the estimators ------------------------------------------------------------------------------------------------
