@@ -384,7 +384,7 @@ class DiscreteCoupling(Coupling):
         return measure.blank(slope)
 
     def _tiles(self, left: Tensor, right: Tensor, unit: Eps | None = None) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Rows, their log-plan for the given log-weights, and their costs in ``unit``, which is eps; in float64."""
+        """Rows, ``left_i + right_j - C_ij / unit``, and their costs, in float64; ``unit`` is eps unless given."""
         kernel, unit = self._kernel(), self.eps if unit is None else unit
         unit = unit.double() if isinstance(unit, Tensor) else unit
         kernel.copies = COPIES

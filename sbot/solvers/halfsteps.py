@@ -158,15 +158,15 @@ class State:
         self.iterations, self.passes = part.iterations, self.passes + part.passes
         self.known, self._measured = False, None  # the model is that of before
 
-    def goal(self, log_v: Tensor | float = 0.0) -> Tensor:
-        """What the columns should sum to: b, or ``b e^{-g / rho}`` where nu is relaxed, with g moved by ``eps log_v``.
+    def goal(self) -> Tensor:
+        """What the columns should sum to: b, or ``b e^{-g / rho}`` where nu is relaxed.
 
         In a partial plan it is what a half-step makes of them.
         """
         if self.mass is not None:
             lse = self.columns.log() - self.log_b - self.g.double() / self.unit
             return masses(self.log_b, lse, self.mass, capped(self.log_b, lse, self.mass, self.caps[1]))
-        return target_weights(self.b.double(), self.g.double() + self.unit * log_v, self.rho[1])
+        return target_weights(self.b.double(), self.g.double(), self.rho[1])
 
     def log_goal(self) -> Tensor:
         """The logarithm of `goal`, which underflows where an atom of a relaxed nu is too far to be worth any mass."""
@@ -186,9 +186,9 @@ class State:
         return self._measured[1]
 
     def distance(self, columns: Tensor, log_v: Tensor | float = 0.0) -> Tensor:
-        """`errors` at other masses, with g moved by ``eps log_v``, as they are."""
+        """`errors` at other masses, as they are; of a partial plan with g moved by ``eps log_v``."""
         if self.mass is None:
-            return relative(columns, self.goal(log_v))
+            return relative(columns, self.goal())
         height = self.g.double() / self.unit + log_v
         return violation(columns, self.b.double(), height, self.mass)
 
