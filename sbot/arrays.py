@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,17 @@ def _refuse(obj: Any, name: str) -> None:
         raise InvalidProblem(f"{name} is a {kind} of tensors; pass torch.stack({name})")
 
 
+def as_array(values: Any) -> Any:
+    """The numbers of a tensor as an array, without copies where it can be; inside torch.func.grad and its like too."""
+    if not isinstance(values, Tensor):
+        return np.asarray(values)
+    while _functorch.is_gradtrackingtensor(values):
+        values = _functorch.get_unwrapped(values)
+    # a transform would wrap whatever is made of a tensor, and what it wraps has no memory
+    with torch._C._DisableFuncTorch() if torch._C._are_functorch_transforms_active() else nullcontext():
+        return values.detach().cpu().numpy()
+
+
 def refuse_vmap(tensor: Tensor, name: str) -> None:
     """Raise `Unsupported` for a tensor that `torch.vmap` has taken a dimension of, under other transforms too."""
     while _functorch.is_functorch_wrapped_tensor(tensor) or _functorch.is_legacy_batchedtensor(tensor):
@@ -84,8 +96,7 @@ def refuse_forward_mode(*tensors: Tensor | None) -> None:
         if tensor is not None and _has_tangent(tensor):
             raise Unsupported(
                 "plans between atoms have reverse-mode derivatives only, not those of torch.func.jvp, jacfwd and hessian; use "
-                "torch.func.grad, vjp or jacrev(f, chunk_size=1), the last one on the gradient of "
-                "bridge.differentiable().cost() for a Hessian"
+                "torch.func.grad, vjp or jacrev(f, chunk_size=1), the last one on a gradient for a Hessian"
             )
 
 

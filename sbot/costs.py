@@ -11,7 +11,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from . import linalg
+from . import derivatives, linalg
 from .arrays import as_number, as_tensor, compute_dtype, in_problem
 from .errors import InvalidProblem
 
@@ -22,10 +22,6 @@ class Cost(ABC):
     @abstractmethod
     def matrix(self, x: Tensor, y: Tensor) -> Tensor:
         """``C(x_i, y_j)`` for ``(*b, n, d)`` and ``(*b, m, d)``, as ``(*b, n, m)``."""
-
-    def written_out(self, x: Tensor, y: Tensor) -> Tensor:
-        """`matrix` in operations that have second derivatives; more memory is fine."""
-        return self.matrix(x, y)
 
     def embed(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
         """``(u, v)`` with ``C(x_i, y_j) = |u_i - v_j|^2 / 2`` where there is such a pair: it streams fastest."""
@@ -124,19 +120,10 @@ class Lp(Cost):
             raise InvalidProblem(f"Lp(p={p}, power={power}) is not a cost; give p >= 1 and a finite power > 0")
 
     def matrix(self, x: Tensor, y: Tensor) -> Tensor:
-        # the product form of cdist loses half the digits of small distances
-        distance = torch.cdist(x, y, p=self.p, compute_mode="donot_use_mm_for_euclid_dist")
-        return distance if self.power == 1 else distance.pow(self.power)
-
-    def written_out(self, x: Tensor, y: Tensor) -> Tensor:
-        # cdist has one derivative only
-        gaps = (x[..., :, None, :] - y[..., None, :, :]).abs()
-        if math.isinf(self.p):
-            return gaps.amax(-1).pow(self.power)
-        total = gaps.pow(self.p).sum(-1)
-        # two points at one place: the root has no slope there, the distance is 0 as a constant
-        apart = total > 0
-        return torch.where(apart, torch.where(apart, total, 1.0).pow(self.power / self.p), 0.0)
+        if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
+            out: Tensor = _Powers.apply(self.p, self.power, x, y)[0]  # type: ignore[no-untyped-call]
+            return out
+        return _powers(self.p, self.power, x, y)[0]
 
     def check(self, x: Tensor, y: Tensor) -> None:
         spread = torch.cat([x, y], -2).detach()
@@ -145,6 +132,57 @@ class Lp(Cost):
 
     def __repr__(self) -> str:
         return f"Lp(p={self.p:g}, power={self.power:g})"
+
+
+def _powers(p: float, power: float, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Powers of distances, and the distances."""
+    # the product form of cdist loses half the digits of small distances
+    distance = torch.cdist(x, y, p=p, compute_mode="donot_use_mm_for_euclid_dist")
+    return (distance if power == 1 else distance.pow(power)), distance
+
+
+class _Powers(torch.autograd.Function):
+    """`_powers`, with derivatives of any order; cdist has one.
+
+    The distance of two points at one place has no slope: it is 0 as a constant.
+    """
+
+    @staticmethod
+    def forward(p: float, power: float, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        found, distance = _powers(p, power, x, y)
+        return found, distance.clone() if found is distance else distance
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.p, ctx.power, x, y = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, y, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        x, y, distance = ctx.saved_tensors
+        p, power = ctx.p, ctx.power
+
+        def number(*moved: Tensor) -> Tensor:
+            at_x, at_y = derivatives.filled((x, y), wanted, moved)
+            gaps = (at_x[..., :, None, :] - at_y[..., None, :, :]).abs()
+            if math.isinf(p):
+                return (grad * gaps.amax(-1).pow(power)).sum()
+            total = gaps.pow(p).sum(-1)
+            apart = total > 0
+            return (grad * torch.where(apart, torch.where(apart, total, 1.0).pow(power / p), 0.0)).sum()
+
+        def stream() -> list[Tensor | None]:
+            slope = grad if power == 1 else torch.where(distance > 0, grad * power * distance.pow(power - 1), 0.0)
+            sides = (x, y, slope, distance), (y, x, slope.mT, distance.mT)
+            return [
+                torch.ops.aten._cdist_backward(w.contiguous(), here, there, p, d.contiguous()) if asked else None
+                for (here, there, w, d), asked in zip(sides, wanted, strict=True)
+            ]
+
+        wanted = ctx.needs_input_grad[2:]
+        entries = distance.numel() * max(1, x.shape[-1] // 4)
+        return None, None, *derivatives.of_number(number, (x, y), wanted, stream, (grad,), entries)
 
 
 @final

@@ -14,15 +14,16 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from . import implicit, linalg
+from . import derivatives, implicit, linalg
 from .arrays import as_index, refuse_vmap
 from .bounds import Bounds, lower_bound
 from .costs import MatrixCost
 from .errors import InvalidProblem, Unsupported
 from .gaussian import GaussianPlan, couple
-from .kernels import COPIES, LN2, DenseKernel, LogKernel, make_kernel, require_memory, weigh
+from .kernels import COPIES, LN2, DenseKernel, LogKernel, make_kernel, weigh
 from .linalg import Eps, along
 from .measures import Discrete, Gaussian, Measure, categorical
+from .memory import require_memory
 from .metrics import Estimate
 from .partial import ceiling, masses, support
 from .potentials import Atoms, Potential
@@ -149,17 +150,15 @@ class DiscreteCoupling(Coupling):
                 "a partial plan is not differentiated through its iterations, which have kinks; drop unroll="
             )
         a, b, (x, y) = self._mu.weights, self._nu.weights, self.problem.sites
-        for name, side in (("mu", self._mu), ("nu", self._nu)):
-            if side.weights.requires_grad and bool(((side.weights == 0) & side.mask).any()):
-                raise InvalidProblem(f"{name} has weights that are zero and want a gradient; drop these atoms")
-        values = self.dual_values()
-        part = tuple(torch.isfinite(value) for value in values)
-        f, g = (torch.where(live, value, 0.0) for live, value in zip(part, values, strict=True))
-        kernel, eps = make_kernel(self.problem.cost, x, y), self.problem.free_eps
-        unit = along(eps, 1)
+        if (which := self._empty_wanted()) is not None:
+            raise InvalidProblem(f"{which}; drop these atoms")
+        values, eps = self.dual_values(), self.problem.free_eps
+        part, unit = tuple(torch.isfinite(value) for value in values), along(eps, 1)
         if unroll is None:
-            f, g = implicit.potentials(kernel, self.problem.relax, eps, f, g, a, b, self.problem.mass)
+            f, g = self._moving(*values)
         else:
+            kernel = make_kernel(self.problem.cost, x, y)
+            f, g = (torch.where(live, value, 0.0) for live, value in zip(part, values, strict=True))
             f, g = f.detach(), g.detach()
             scale = [damping(rho, unit) * unit for rho in self.problem.relax]
             for _ in range(unroll):
@@ -176,6 +175,13 @@ class DiscreteCoupling(Coupling):
             Atoms(x, left, at_x if numbered else None),
             Atoms(y, right + self.problem.log_normaliser(eps), at_y if numbered else None),
         )
+
+    def _moving(self, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """The solution ``f``, ``g`` as a function of the data; 0 where it is infinite."""
+        f, g = (torch.where(torch.isfinite(value), value, 0.0) for value in (f, g))
+        problem, a, b = self.problem, self._mu.weights, self._nu.weights
+        kernel = make_kernel(problem.cost, *problem.sites)
+        return implicit.potentials(kernel, problem.relax, problem.free_eps, f, g, a, b, problem.mass)
 
     def dual_values(self) -> tuple[Tensor, Tensor]:
         """``f`` and ``g`` at the atoms; atoms of zero weight take the value of the c-transform, and padding 0."""
@@ -211,7 +217,10 @@ class DiscreteCoupling(Coupling):
             live = weights > 0
             moving = unit * (log - torch.where(live, weights, 1.0).log())
             out.append(torch.where(live & torch.isfinite(value), torch.where(live, moving, 0.0), value))
-        f, g = out
+        return self._settled(*out)
+
+    def _settled(self, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """With the constant that is free."""
         if self.problem.relax == (math.inf, math.inf):
             a, b = self._mu.weights, self._nu.weights
             if (s := self.problem.mass) is None:
@@ -228,8 +237,13 @@ class DiscreteCoupling(Coupling):
             if rows is not None:
                 index = as_index(rows, self._mu.n, "rows", left.device)
                 left, x = left[..., index], x[index] if not x.dtype.is_floating_point else x[..., index, :]
-            c = self.problem.cost.matrix(x, y) / along(self.problem.free_eps, 2)
-            return torch.exp(left[..., None] + right[..., None, :] - c)
+            c, unit = self.problem.cost.matrix(x, y), along(self.problem.free_eps, 2)
+            if not self.problem.may_forbid:
+                return torch.exp(left[..., None] + right[..., None, :] - c / unit)
+            # an infinite cost over eps has no derivative, though its exponential has
+            allowed = torch.isfinite(c)
+            exponent = left[..., None] + right[..., None, :] - torch.where(allowed, c, 0.0) / unit
+            return torch.exp(torch.where(allowed, exponent, -torch.inf))
         return self._plan(rows)
 
     @torch.no_grad()
@@ -279,51 +293,59 @@ class DiscreteCoupling(Coupling):
         return rows.to(a), masses(b.log(), kernel.T.reduce(left, self.eps)[0], mass).to(b)
 
     def cost(self) -> Tensor:
-        """The dual objective, with the gradients of the envelope theorem.
+        """The dual objective, with the gradients of the envelope theorem, and derivatives of these by `implicit`.
 
         With f and g held, the dual is ``<a, F(f)> + <b, F(g)> - eps (sum_ij P_ij - sum a sum b)``, with
         ``F(f) = f`` or ``rho (1 - e^{-f / rho})``; its partial derivatives are the gradients at the solution.  The ones
         in the weights are written out, since ``log b`` has none at an atom of zero weight.
         """
-        if self._attached:
-            return self._value()
-        return self._envelope()
-
-    def _value(self) -> Tensor:
-        """The dual with second derivatives, see `_Value`."""
-        (f, g), (x, y) = self.attached_values(), self.problem.sites
-        leaves = make_kernel(self.problem.cost, x, y).leaves
-        eps, a, b = self.problem.free_eps, self._mu.weights, self._nu.weights
-        value: Tensor = _Value.apply(self, f, g, eps, a, b, *leaves)  # type: ignore[no-untyped-call]
-        mass = self.problem.mass
-        if mass is not None and mass.requires_grad:
-            value = value + (mass - mass.detach()).to(f) * (ceiling(f, a) + ceiling(g, b))[..., 0]
+        inputs = self._inputs()
+        if not torch.is_grad_enabled() or not any(map(_wants, inputs)):
+            return self.envelope(*self.dual_values(), *inputs)
+        if not self._attached and (empty := self._empty_wanted()) is not None:
+            why = f"the cost has first derivatives only where {empty}; drop these atoms"
+            return self.envelope(*self.dual_values(), *derivatives.once(inputs, why))
+        f, g = self.attached_values() if self._attached else self._following()
+        value: Tensor = _Value.apply(self, [], f, g, *inputs)  # type: ignore[no-untyped-call]
         return value
 
-    def written_out(self, f: Tensor, g: Tensor, eps: Eps, a: Tensor, b: Tensor, *leaves: Tensor) -> Tensor:
+    def _following(self) -> tuple[Tensor, Tensor]:
+        """`attached_values` of potentials that are not attached."""
+        values = self.dual_values()
+        moving = zip(values, self._moving(*values), (self._mu.weights, self._nu.weights), strict=True)
+        # at an atom of zero weight a c-transform, and a constant
+        f, g = (torch.where((w > 0) & value.isfinite(), part, value) for value, part, w in moving)
+        return self._settled(f, g)
+
+    def _inputs(self) -> tuple[Any, ...]:
+        """eps, both weights, the mass and what the cost is made of, as given."""
+        problem = self.problem
+        leaves = make_kernel(problem.cost, *problem.sites).leaves
+        return problem.free_eps, self._mu.weights, self._nu.weights, problem.mass, *leaves
+
+    def _empty_wanted(self) -> str | None:
+        """Where a weight that is zero wants a gradient, in words."""
+        for name, side in (("mu", self._mu), ("nu", self._nu)):
+            if side.weights.requires_grad and bool(((side.weights == 0) & side.mask).any()):
+                return f"{name} has weights that are zero and want a gradient"
+        return None
+
+    def written_out(
+        self, f: Tensor, g: Tensor, eps: Eps, a: Tensor, b: Tensor, mass: Tensor | None, *leaves: Tensor
+    ) -> Tensor:
         """The dual objective as one dense expression of everything it depends on."""
-        cost = self.problem.cost
-        c = leaves[0] if isinstance(cost, MatrixCost) else cost.written_out(leaves[0], leaves[1])
-        if (s := self.problem.mass) is not None:
-            terms = support(f, a, s) + support(g, b, s)
+        if mass is not None:
+            terms = support(f, a, mass) + support(g, b, mass)
         else:
             terms = (a * dual_term(f, self.problem.relax[0])).sum(-1)
             terms = terms + (b * dual_term(g, self.problem.relax[1])).sum(-1)
-        # not in the plan: atoms of zero weight, and those that forbidden pairs leave where they are, of infinite potential
-        live = [torch.isfinite(part) & (w.detach() > 0) for w, part in ((a, f), (b, g))]
-        f, g = (torch.where(known, part, 0.0) for known, part in zip(live, (f, g), strict=True))
-        pairs = live[0][..., :, None] & live[1][..., None, :]
-        exponent = torch.where(pairs, (f[..., :, None] + g[..., None, :] - c) / along(eps, 2), -torch.inf)
-        mass = (a[..., :, None] * b[..., None, :] * torch.exp(exponent)).sum((-2, -1))
+        c = self._kernel().on(leaves).entries(slice(None))
         whole = a.sum(-1) * b.sum(-1)
-        return terms - eps * (mass - whole)
+        return terms - eps * (implicit.plan_between(f, g, eps, a, b, c).sum((-2, -1)) - whole)
 
-    def _envelope(self) -> Tensor:
-        (x, y), (f, g) = self.problem.sites, self.dual_values()
-        leaves = make_kernel(self.problem.cost, x, y).leaves
-        return self.envelope(f, g, self.problem.free_eps, self._mu.weights, self._nu.weights, *leaves)
-
-    def envelope(self, f: Tensor, g: Tensor, eps: Eps, a: Tensor, b: Tensor, *leaves: Tensor) -> Tensor:
+    def envelope(
+        self, f: Tensor, g: Tensor, eps: Eps, a: Tensor, b: Tensor, mass: Tensor | None, *leaves: Tensor
+    ) -> Tensor:
         """The dual objective at constants f and g, with streamed derivatives in the rest."""
         f, g, tops = f.detach(), g.detach(), self.ceilings
         if tops is None:
@@ -340,8 +362,8 @@ class DiscreteCoupling(Coupling):
         mass_a, mass_b = a.detach().sum(-1, keepdim=True), b.detach().sum(-1, keepdim=True)
         here = term_a + unit * (mass_b - density)
         total = (a.detach() * _finite(here)).sum(-1) + (b.detach() * _finite(term_b)).sum(-1)
-        if tops is not None and self.problem.mass is not None:
-            total = total + self.problem.mass.to(f) * (tops[0] + tops[1])[..., 0]
+        if tops is not None and mass is not None:
+            total = total + mass.to(f) * (tops[0] + tops[1])[..., 0]
         plain = [leaf.detach() for leaf in leaves]
         if torch.is_grad_enabled() and a.requires_grad:
             slope = _finite(term_a) + along(held, 1) * (mass_b - self._density(f, lse.detach()))
@@ -617,50 +639,61 @@ def _finite(term: Tensor) -> Tensor:
     return torch.where(torch.isfinite(term), term, 0.0)
 
 
+def _wants(part: Any) -> bool:
+    return isinstance(part, Tensor) and part.requires_grad
+
+
 class _Value(torch.autograd.Function):
     """The dual at potentials that follow the data: by the envelope theorem their motion has no part in the first derivative, and
     is all of the rest of the second.
 
-    The first derivative streams.  Where a graph of it is wanted (``create_graph=True``), it is written out densely.
+    The first derivative streams, through the graph that the value was computed with; ``kept`` holds it until then.
     """
 
     @staticmethod
-    def forward(coupling: DiscreteCoupling, f: Tensor, g: Tensor, *inputs: Any) -> Tensor:
-        return coupling.envelope(f, g, *inputs)
+    def forward(coupling: DiscreteCoupling, kept: list[Any], f: Tensor, g: Tensor, *inputs: Any) -> Tensor:
+        if derivatives.transformed():
+            return coupling.envelope(f, g, *inputs)
+        with torch.enable_grad():
+            own = [part.detach().requires_grad_(part.requires_grad) if _wants(part) else part for part in inputs]
+            value = coupling.envelope(f, g, *own)
+        kept += [own, value]
+        return value.detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.coupling, f, g, eps, *rest = inputs
+        ctx.coupling, ctx.kept, f, g, eps, *rest = inputs
         ctx.eps = None if isinstance(eps, Tensor) else eps
         ctx.save_for_backward(f, g, eps if ctx.eps is None else None, *rest)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        f, g, *inputs = ctx.saved_tensors
-        wanted = [k for k, need in enumerate(ctx.needs_input_grad[3:]) if need]
         refuse_vmap(grads[0], "the gradient of the cost")
-        leaves = [inputs[k] for k in wanted]
+        f, g, given, *rest = ctx.saved_tensors
+        inputs = [ctx.eps if given is None else given, *rest]
+        wanted = ctx.needs_input_grad[4:]
 
-        def filled(*moved: Tensor) -> list[Any]:
-            parts: list[Any] = [ctx.eps if inputs[0] is None else inputs[0], *inputs[1:]]
-            for k, part in zip(wanted, moved, strict=True):
-                parts[k] = part
-            return parts
+        def number(*moved: Tensor) -> Tensor:
+            value: Tensor = ctx.coupling.written_out(f, g, *derivatives.filled(inputs, wanted, moved))
+            return (grads[0] * value).sum()
 
-        got: tuple[Tensor | None, ...] | None = None
-        if torch.is_grad_enabled():
-            # views: the derivative is taken at them, and not through the potentials
-            views = [part.view_as(part) for part in leaves]
-            total = ctx.coupling.written_out(f, g, *filled(*views))
-            # where a transform of torch.func has ended, there is no graph to add to
-            if total.requires_grad:
-                got = torch.autograd.grad(total, views, grads[0], create_graph=True, allow_unused=True)
-        if got is None:
-            got = linalg.pulled_back(lambda *moved: ctx.coupling.envelope(f, g, *filled(*moved)), leaves, grads[0])
-        out: list[Tensor | None] = [None] * len(inputs)
-        for k, part in zip(wanted, got, strict=True):
-            out[k] = part
-        return None, None, None, *out
+        def stream() -> list[Tensor | None]:
+            if ctx.kept:
+                own, value = ctx.kept
+                ctx.kept.clear()
+                got = derivatives.gradients(
+                    value, [part for part, asked in zip(own, wanted, strict=True) if asked], grads[0]
+                )
+            else:
+                at = [part for part, asked in zip(inputs, wanted, strict=True) if asked]
+                envelope = ctx.coupling.envelope
+                got = derivatives.pulled_back(
+                    lambda *moved: envelope(f, g, *derivatives.filled(inputs, wanted, moved)), at, grads[0]
+                )
+            return derivatives.filled([None] * len(inputs), wanted, got)
+
+        size = ctx.coupling._kernel().size
+        return None, None, None, None, *derivatives.of_number(number, inputs, wanted, stream, grads, size)
 
 
 def divergence(p: Tensor, q: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arrays import in_problem
+from .arrays import as_array, in_problem
 from .kernels import LogKernel
 
 #: Allowed pairs, after atoms with the same pairs are taken as one, up to which a maximal flow is computed.
@@ -72,9 +72,9 @@ def by_pattern(allowed: Tensor, a: Tensor, b: Tensor, mass: Tensor | None, slack
     """
     batch = tuple(a.shape[:-1])
     n, m = a.shape[-1], b.shape[-1]
-    flat = allowed.reshape(-1, n, m).cpu().numpy()
-    sides = a.detach().double().reshape(-1, n).cpu().numpy(), b.detach().double().reshape(-1, m).cpu().numpy()
-    wanted = None if mass is None else mass.detach().double().reshape(-1).cpu().numpy()
+    flat = as_array(allowed.reshape(-1, n, m))
+    sides = as_array(a.double().reshape(-1, n)), as_array(b.double().reshape(-1, m))
+    wanted = None if mass is None else as_array(mass.double().reshape(-1))
     for k, (pattern, supply, demand) in enumerate(zip(flat, *sides, strict=True)):
         spare = None if wanted is None else max(0.0, float(supply.sum() - wanted[k]))
         found = _one(pattern, supply, demand, spare, slack, _place(k, batch))
@@ -127,9 +127,9 @@ def evened(allowed: Tensor, a: Tensor, b: Tensor) -> Tensor | None:
 
     That is where alternating half-steps end.  None where a part has mass on one side only.
     """
-    supply, demand = (side.detach().double().cpu().numpy() for side in (a, b))
+    supply, demand = (as_array(side.double()) for side in (a, b))
     live = np.flatnonzero(supply > 0), np.flatnonzero(demand > 0)
-    rows, row_of = _alike(allowed.cpu().numpy()[np.ix_(*live)])
+    rows, row_of = _alike(as_array(allowed)[np.ix_(*live)])
     columns, column_of = _alike(rows.T)
     small = columns.T
     factor, met = np.ones(len(demand)), np.zeros(len(live[1]), dtype=bool)

@@ -18,19 +18,19 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from . import linalg
+from . import derivatives, linalg
 from .arrays import refuse_vmap, wider
 from .errors import NotConverged
 from .kernels import LogKernel, share_of
 from .linalg import Eps, along
 from .partial import ceiling
+from .relaxed import target_weights
 
 #: Relative residual that conjugate gradients stop at, in units of the machine epsilon, and their limit.
 REST, MOST = 100.0, 2000
@@ -187,52 +187,163 @@ class _Potentials(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.kernel, ctx.relax, f, g, eps, *rest = inputs
+        ctx.kernel, ctx.relax, _, _, eps, *rest = inputs
         ctx.eps = None if isinstance(eps, Tensor) else eps
-        ctx.save_for_backward(f, g, eps if ctx.eps is None else None, *rest)
+        # the solution, and not what it is a copy of: derivatives of a derivative follow it
+        ctx.save_for_backward(*output, eps if ctx.eps is None else None, *rest)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_f: Tensor, grad_g: Tensor) -> tuple[Tensor | None, ...]:
         refuse_vmap(grad_f, "the gradient of the potentials")
         refuse_vmap(grad_g, "the gradient of the potentials")
-        f, g, given, a, b, mass, *leaves = ctx.saved_tensors
-        kernel, eps = ctx.kernel.on(leaves), ctx.eps if given is None else linalg.plain(given)
-        unit = along(eps, 1)
-        left, right = a.log() + f / unit, b.log() + g / unit
-        slope = torch.zeros(kernel.batch_shape, dtype=f.dtype, device=f.device)
-        with linalg.full_precision():
-            plan = Plan(kernel, left, right, eps)
-            # potentials where there is no mass are c-transforms, which the caller writes out
-            capped = None if mass is None else (at_cap(f, a, mass, unit), at_cap(g, b, mass, unit))
-            alpha, beta = solve(
-                plan, ctx.relax, torch.where(a > 0, grad_f, 0.0), torch.where(b > 0, grad_g, 0.0), capped
-            )
-            # P_ij / a_i and P_ij / b_j are finite at an atom of zero weight too
-            over_a = -torch.exp(f / unit) * signed(kernel, right, beta, eps)
-            over_b = -torch.exp(g / unit) * signed(kernel.T, left, alpha, eps)
-            over_mass = None
-            if capped is not None:
-                # what is taken from the atoms at the cap, of each of which a share of the weight is filled
-                shared = [
-                    torch.where(which, part, -torch.inf).amax(-1).nan_to_num(neginf=0.0)
-                    for which, part in zip(capped, (alpha, beta), strict=True)
-                ]
-                over_a = over_a - torch.exp(f / unit + plan.lse) * shared[0][..., None]
-                over_b = over_b - torch.exp(g / unit + kernel.T.reduce(left, eps)[0]) * shared[1][..., None]
-                over_mass = (shared[0] + shared[1]).to(mass)
+        f, g, given, *rest = ctx.saved_tensors
+        inputs = [ctx.eps if given is None else given, *rest]
+        wanted = ctx.needs_input_grad[4:]
 
-            def tiles() -> Iterator[tuple[slice, Tensor]]:
-                for rows, law in plan.laws():
-                    weight = (plan.rows / unit)[..., rows, None]
-                    w = law * weight * (alpha[..., rows, None] + beta[..., None, :])
-                    if given is not None:
-                        # d eps = sum_ij w_ij (f_i + g_j - C_ij) / eps
-                        slope.add_((w.sum(-1) * f[..., rows]).sum(-1) + (w.sum(-2) * g).sum(-1) - kernel.inner(rows, w))
-                    yield rows, w
+        def number(*moved: Tensor) -> Tensor:
+            moving = derivatives.filled(inputs, wanted, moved)
+            return _written_out(ctx.kernel, ctx.relax, (f, g), inputs, moving, grad_f, grad_g)
 
-            grads = kernel.pull_back(tiles())
-        return None, None, None, None, share_of(given, slope, eps), over_a, over_b, over_mass, *grads
+        def stream() -> list[Tensor | None]:
+            with linalg.full_precision():
+                return _streamed(ctx.kernel, ctx.relax, (f, g), inputs, grad_f, grad_g)
+
+        grads = derivatives.of_number(number, inputs, wanted, stream, (grad_f, grad_g), ctx.kernel.size)
+        return None, None, None, None, *grads
+
+
+def _streamed(
+    kernel: LogKernel,
+    relax: tuple[float, float],
+    potentials: tuple[Tensor, Tensor],
+    inputs: Sequence[Any],
+    grad_f: Tensor,
+    grad_g: Tensor,
+) -> list[Tensor | None]:
+    """The gradients in eps, a, b, the mass and the leaves of the cost, by tiles."""
+    (f, g), (given, a, b, mass, *leaves) = potentials, inputs
+    kernel, eps = kernel.on(leaves), linalg.plain(given)
+    unit = along(eps, 1)
+    left, right = a.log() + f / unit, b.log() + g / unit
+    slope = torch.zeros(kernel.batch_shape, dtype=f.dtype, device=f.device)
+    plan = Plan(kernel, left, right, eps)
+    # potentials where there is no mass are c-transforms, which the caller writes out
+    capped = None if mass is None else (at_cap(f, a, mass, unit), at_cap(g, b, mass, unit))
+    alpha, beta = solve(plan, relax, torch.where(a > 0, grad_f, 0.0), torch.where(b > 0, grad_g, 0.0), capped)
+    # P_ij / a_i and P_ij / b_j are finite at an atom of zero weight too
+    over_a = -torch.exp(f / unit) * signed(kernel, right, beta, eps)
+    over_b = -torch.exp(g / unit) * signed(kernel.T, left, alpha, eps)
+    over_mass = None
+    if capped is not None:
+        # what is taken from the atoms at the cap, of each of which a share of the weight is filled
+        shared = [_shared(which, part) for which, part in zip(capped, (alpha, beta), strict=True)]
+        over_a = over_a - torch.exp(f / unit + plan.lse) * shared[0][..., None]
+        over_b = over_b - torch.exp(g / unit + kernel.T.reduce(left, eps)[0]) * shared[1][..., None]
+        over_mass = (shared[0] + shared[1]).to(mass)
+
+    def tiles() -> Iterator[tuple[slice, Tensor]]:
+        for rows, law in plan.laws():
+            weight = (plan.rows / unit)[..., rows, None]
+            w = law * weight * (alpha[..., rows, None] + beta[..., None, :])
+            if isinstance(given, Tensor):
+                # d eps = sum_ij w_ij (f_i + g_j - C_ij) / eps
+                slope.add_((w.sum(-1) * f[..., rows]).sum(-1) + (w.sum(-2) * g).sum(-1) - kernel.inner(rows, w))
+            yield rows, w
+
+    grads = kernel.pull_back(tiles())
+    return [share_of(given, slope, eps), over_a, over_b, over_mass, *grads]
+
+
+def _shared(which: Tensor, part: Tensor) -> Tensor:
+    """The value that ``part`` has on the atoms ``which``, ``(*b,)``; 0 where there are none."""
+    return torch.where(which, part, -torch.inf).amax(-1).nan_to_num(neginf=0.0)
+
+
+def _written_out(
+    kernel: LogKernel,
+    relax: tuple[float, float],
+    potentials: tuple[Tensor, Tensor],
+    inputs: Sequence[Any],
+    moving: Sequence[Any],
+    grad_f: Tensor,
+    grad_g: Tensor,
+) -> Tensor:
+    """``<alpha, A> + <beta, B>``, densely, with A and B what the equations of the potentials leave: A = a e^{-f / rho} - P 1.
+
+    Its derivative in the ``moving`` inputs, with all else held, is the gradient that `_streamed` returns; alpha, beta, f and g
+    follow the ``inputs`` themselves.  In double precision, whatever the input: a direct solve squares nothing, and is small.
+    """
+    f, g = (part.double() for part in potentials)
+
+    def dense(parts: Sequence[Any]) -> tuple[Any, ...]:
+        eps, a, b, _, *leaves = parts
+        c = kernel.on(leaves).entries(slice(None))
+        return eps.double() if isinstance(eps, Tensor) else eps, a.double(), b.double(), c.double()
+
+    here, there = dense(inputs), dense(moving)
+    eps, a, b = linalg.plain(here[0]), here[1].detach(), here[2].detach()
+    mass, unit = inputs[3], along(eps, 1)
+    with torch.no_grad():
+        capped = None if mass is None else (at_cap(f, a, mass, unit), at_cap(g, b, mass, unit))
+    grads = [torch.where(w > 0, grad.double(), 0.0) for w, grad in ((a, grad_f), (b, grad_g))]
+    alpha, beta = _dense_solve(plan_between(f, g, *here), relax, here[0], grads, capped)
+    _, a, b, _ = there
+    p = plan_between(f, g, *there)
+    total = -(alpha * p.sum(-1)).sum() - (beta * p.sum(-2)).sum()
+    if capped is None:
+        ends = (target_weights(w, part, rho) for w, part, rho in zip((a, b), (f, g), relax, strict=True))
+        return total + sum((part * end).sum() for part, end in zip((alpha, beta), ends, strict=True))
+    for w, part, which in zip((a, b), (alpha, beta), capped, strict=True):
+        level = (torch.where(which, part, 0.0).sum(-1) / which.sum(-1).clamp(min=1))[..., None]
+        total = total + (torch.where(which, 0.0, w) * (part - level)).sum() + (moving[3] * level[..., 0]).sum()
+    return total
+
+
+def plan_between(f: Tensor, g: Tensor, eps: Eps, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """``a_i b_j exp((f_i + g_j - C_ij) / eps)``, with derivatives of any order in all of them.
+
+    Atoms of zero weight are not in it, nor those that forbidden pairs leave where they are, of infinite potential.
+    """
+    live = [torch.isfinite(part) & (w.detach() > 0) for w, part in ((a, f), (b, g))]
+    f, g = (torch.where(known, part, 0.0) for known, part in zip(live, (f, g), strict=True))
+    pairs = live[0][..., :, None] & live[1][..., None, :] & torch.isfinite(c)
+    exponent = (f[..., :, None] + g[..., None, :] - torch.where(pairs, c, 0.0)) / along(eps, 2)
+    return a[..., :, None] * b[..., None, :] * torch.where(pairs, exponent, -torch.inf).exp()
+
+
+def _dense_solve(
+    p: Tensor,
+    relax: tuple[float, float],
+    eps: Eps,
+    grads: Sequence[Tensor],
+    capped: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """`solve`, with derivatives of any order in the plan ``p``, eps and the right side."""
+    if p.shape[-1] > p.shape[-2]:
+        turned = None if capped is None else capped[::-1]
+        beta, alpha = _dense_solve(p.mT, relax[::-1], eps, grads[::-1], turned)
+        return alpha, beta
+    unit = along(eps, 1)
+    sums = p.sum(-1), p.sum(-2)
+    upper, lower = (part * (1 + unit / rho) for part, rho in zip(sums, relax, strict=True))
+    above, below = (unit * part for part in grads)
+    if capped is not None:
+        upper, lower = _level(upper, capped[0]), _level(lower, capped[1])
+        above, below = _level(above, capped[0]), _level(below, capped[1])
+        p = _level(_level(p, capped[1][..., None, :]).mT, capped[0][..., None, :]).mT
+    live = upper > 0, lower > 0
+    over = torch.where(live[0], 1 / torch.where(live[0], upper, 1.0), 0.0)
+    rest = torch.where(live[1], below - linalg.product(p.mT, over * above), 0.0)
+    # as much of a machine epsilon on the diagonal as keeps parts of the plan that exchange no mass from having no inverse
+    diagonal = torch.where(live[1], lower * (1 + 8 * torch.finfo(lower.dtype).eps), 1.0)
+    matrix = torch.diag_embed(diagonal) - p.mT @ (over[..., None] * p)
+    if relax == (math.inf, math.inf):
+        # a constant may move between f and g
+        whole = lower.sum(-1, keepdim=True)
+        rest = rest - lower * (rest.sum(-1, keepdim=True) / whole)
+        matrix = matrix + (lower / whole)[..., :, None] * lower[..., None, :]
+    beta = torch.linalg.solve(matrix, rest[..., None])[..., 0]
+    return over * (above - linalg.product(p, beta)), beta
 
 
 def signed(kernel: LogKernel, bias: Tensor, values: Tensor, eps: Eps) -> Tensor:

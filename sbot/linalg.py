@@ -10,7 +10,7 @@ nothing in dimension 784.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any
@@ -42,21 +42,6 @@ def plain(eps: Eps) -> Eps:
     if not isinstance(eps, Tensor):
         return eps
     return eps.detach() if eps.ndim else float(eps.detach())
-
-
-def pulled_back(function: Callable[..., Any], at: Sequence[Tensor], grads: Any) -> tuple[Tensor | None, ...]:
-    """Gradients in the arguments of ``function``, given those in what it returns; inside transforms of torch.func too."""
-    if torch._C._are_functorch_transforms_active():
-        got: tuple[Tensor, ...] = torch.func.vjp(function, *at)[1](grads)
-        return got
-    with torch.enable_grad():
-        leaves = [part.detach().requires_grad_() for part in at]
-        found = function(*leaves)
-        pairs = zip(found, grads, strict=True) if isinstance(found, tuple) else ((found, grads),)
-        # one number: given gradients of anything else, torch imports its symbolic shapes, and 30 MB of algebra with them
-        number = sum(torch.dot(out.reshape(-1), grad.reshape(-1)) for out, grad in pairs)
-        assert isinstance(number, Tensor)
-        return torch.autograd.grad(number, leaves, allow_unused=True)
 
 
 @cache

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .arrays import HALF, as_count, as_number, as_tensor
 from .errors import InvalidProblem, NotConverged
@@ -241,7 +240,6 @@ class _Converged(torch.autograd.Function):
         return log_p
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (log_p,) = ctx.saved_tensors
         p = log_p.exp()

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .arrays import as_array
 from .linalg import Eps
 
 #: Over-relaxation stays below this: far from the solution 2, the limit, diverges.
@@ -25,15 +26,6 @@ def half_step(old: Any, goal: Any, sums: Any, power: Eps, omega: Eps | None) -> 
         return goal / sums if whole else (goal / sums) ** power
     step = goal / (sums * old + TINY) if whole else (goal / sums) ** power / (old + TINY)
     return step**omega * old
-
-
-def as_array(errors: Any) -> Array:
-    """As an array: arithmetic with one number, or a few hundred, costs less there."""
-    if not isinstance(errors, Tensor):
-        return np.asarray(errors)
-    if torch._C._are_functorch_transforms_active():  # whose tensors have numbers, but no memory
-        return np.array([float(error) for error in errors.flatten()]).reshape(errors.shape)
-    return np.asarray(errors.detach().cpu().numpy())
 
 
 class Pace:

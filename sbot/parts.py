@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .arrays import as_array
+
 #: Sweeps over the parts at most, and the largest move that ends them.
 SWEEPS, STILL = 100, 1e-9
 ROUNDING = float(np.finfo(np.float64).eps)
@@ -30,7 +32,7 @@ def joined(log_plan: Tensor, a: Tensor, b: Tensor, least: float) -> Tensor | Non
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    entries, left, right = (part.detach().double().cpu().numpy() for part in (log_plan, a, b))
+    entries, left, right = (as_array(part.double()) for part in (log_plan, a, b))
     n, live = len(left), np.concatenate([left, right]) > 0
     with np.errstate(divide="ignore", invalid="ignore"):
         heavy = entries > np.log(np.minimum(left[:, None], right)) + np.log(max(least, ROUNDING))

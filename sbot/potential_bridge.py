@@ -48,8 +48,9 @@ class PotentialBridge(Bridge):
 
         ``df``, ``dg`` solve the linearised Schrödinger system (`sbot.implicit`): memory and time do not depend on how many
         iterations the solver took.  On the bridge as it was solved the potentials are constants, and only `cost` has
-        derivatives in the data.  Here `cost` has second derivatives too.  The potentials of a partial plan have kinks where
-        the set of atoms that are used up changes; at a kink the derivative is that of one side.
+        derivatives in the data.  Derivatives of higher order (``create_graph=True``) are dense; `cost` has them on either
+        bridge.  The potentials of a partial plan have kinks where the set of atoms that are used up changes; at a kink the
+        derivative is that of one side.
 
         Parameters
         ----------

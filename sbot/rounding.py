@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from .arrays import as_index
-from .kernels import COPIES, LogKernel, require_memory
+from .kernels import COPIES, LogKernel
 from .linalg import Eps, along
+from .memory import require_memory
 from .pace import TINY, Pace, half_step
 
 ATOMS_ONLY = (

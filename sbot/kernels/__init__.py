@@ -13,7 +13,6 @@ from ..costs import Cost, MatrixCost
 from .base import COPIES, FLOOR, LN2, TILE_BYTES, LogKernel, Pass, share_of, weigh
 from .conditionals import Conditionals, same
 from .dense import DenseKernel
-from .memory import require_memory
 from .tiled import TiledKernel
 
 __all__ = [
@@ -27,7 +26,6 @@ __all__ = [
     "Pass",
     "TiledKernel",
     "make_kernel",
-    "require_memory",
     "room_beside",
     "same",
     "share_of",

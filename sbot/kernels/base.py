@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .. import linalg
+from .. import derivatives, linalg
 from ..arrays import refuse_vmap
 from ..linalg import Eps, along
 
@@ -100,6 +99,11 @@ class LogKernel(ABC):
         """The same kernel over these `leaves`."""
 
     @property
+    def size(self) -> int:
+        """How many entries there are."""
+        return math.prod((*self.batch_shape, *self.shape))
+
+    @property
     @abstractmethod
     def leaves(self) -> tuple[Tensor, ...]:
         """The tensors that C is computed from; `reduce` is differentiable in them."""
@@ -167,8 +171,8 @@ class LogKernel(ABC):
         """``lse_i = log sum_j exp(bias_j - C_ij / eps)`` and ``avg_i``, the softmax-weighted mean of ``values_j``.
 
         ``bias`` is ``(*b, m)`` (``-inf`` drops a column), ``values`` ``(*b, m, p)``; the results are ``(*b, n)`` and
-        ``(*b, n, p)``.  Memory is one tile.  Differentiable once: the backward pass streams as well.  ``eps`` is a number for
-        all problems, or ``(*b,)``; where it wants a gradient it may be 0-dimensional.
+        ``(*b, n, p)``.  Memory is one tile, and that of the first derivative too; derivatives of it are dense.  ``eps`` is a
+        number for all problems, or ``(*b,)``; where it wants a gradient it may be 0-dimensional.
         """
         inputs = (eps, bias, values, *self.leaves)
         if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
@@ -188,7 +192,7 @@ class LogKernel(ABC):
         unit = eps * LN2
         column = self.column(bias / LN2, unit)
         many = self.device.type == "cpu" and math.prod(self.batch_shape) * n * self.shape[1] >= MANY
-        flat = many and not torch._C._are_functorch_transforms_active() and self._flat(bias, eps)
+        flat = many and not derivatives.transformed() and self._flat(bias, eps)
         for rows in self.tiles():
             size = rows.stop - rows.start
             if scratch is None or scratch.shape[-2] < size:
@@ -355,49 +359,87 @@ class _Reduction(torch.autograd.Function):
         ctx.save_for_backward(eps if ctx.eps is None else None, bias, values, *output, *leaves)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_lse: Tensor, grad_avg: Tensor) -> tuple[Tensor | None, ...]:
         refuse_vmap(grad_lse, "the gradient")
         refuse_vmap(grad_avg, "the gradient")
         given, bias, values, lse, avg, *leaves = ctx.saved_tensors
-        eps = ctx.eps if given is None else linalg.plain(given)
-        kernel = ctx.kernel.on(leaves)
-        # tiles of half the size fit where those of the solve were, though small tensors may lie there now
-        kernel.copies = max(2, kernel.copies)
-        _, to_eps, to_bias, to_values, *to_leaves = ctx.needs_input_grad
-        d_bias = torch.zeros_like(bias) if to_bias else None
-        d_values = torch.zeros_like(values) if to_values else None
-        d_eps = torch.zeros(kernel.batch_shape, dtype=bias.dtype, device=bias.device) if to_eps else None
-        base = grad_lse if values is None else grad_lse - (grad_avg * avg).sum(-1)
+        inputs = [ctx.eps if given is None else given, bias, values, *leaves]
+        wanted = ctx.needs_input_grad[1:]
 
-        def tiles() -> Iterator[tuple[slice, Tensor]]:
-            for rows, p in kernel.softmax_tiles(bias, eps, lse):
-                weight = base[..., rows, None]
-                if d_values is not None:
-                    d_values.add_(p.mT @ grad_avg[..., rows, :])
-                if values is not None:
-                    weight = weight + grad_avg[..., rows, :] @ values.mT
-                w = p.mul_(weight)
-                if d_bias is not None:
-                    d_bias.add_(w.sum(-2))
-                w.mul_(along(-1 / eps, 2))
-                if d_eps is not None:
-                    d_eps.sub_(kernel.inner(rows, w))
-                yield rows, w
+        def number(*moved: Tensor) -> Tensor:
+            eps, bias, values, *leaves = derivatives.filled(inputs, wanted, moved)
+            return _written_out(ctx.kernel.on(leaves), eps, bias, values, grad_lse, grad_avg)
 
-        with linalg.full_precision():
-            if any(to_leaves):
-                grads = kernel.pull_back(tiles(), to_leaves)
-            else:
-                grads = (None,) * len(leaves)
-                for _ in tiles():  # for what else they are made of
-                    pass
-        return None, share_of(given, d_eps, eps), d_bias, d_values, *grads
+        def stream() -> list[Tensor | None]:
+            with linalg.full_precision():
+                return _streamed(ctx.kernel.on(leaves), inputs, lse, avg, grad_lse, grad_avg, wanted)
+
+        grads = derivatives.of_number(number, inputs, wanted, stream, (grad_lse, grad_avg), ctx.kernel.size)
+        return None, *grads
 
 
-def share_of(given: Tensor | None, slope: Tensor | None, eps: Eps) -> Tensor | None:
+def _streamed(
+    kernel: LogKernel,
+    inputs: Sequence[Any],
+    lse: Tensor,
+    avg: Tensor,
+    grad_lse: Tensor,
+    grad_avg: Tensor,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of `_Reduction` by tiles."""
+    given, bias, values = inputs[:3]
+    eps = linalg.plain(given)
+    # tiles of half the size fit where those of the solve were, though small tensors may lie there now
+    kernel.copies = max(2, kernel.copies)
+    to_eps, to_bias, to_values, *to_leaves = wanted
+    d_bias = torch.zeros_like(bias) if to_bias else None
+    d_values = torch.zeros_like(values) if to_values else None
+    d_eps = torch.zeros(kernel.batch_shape, dtype=bias.dtype, device=bias.device) if to_eps else None
+    base = grad_lse if values is None else grad_lse - (grad_avg * avg).sum(-1)
+
+    def tiles() -> Iterator[tuple[slice, Tensor]]:
+        for rows, p in kernel.softmax_tiles(bias, eps, lse):
+            weight = base[..., rows, None]
+            if d_values is not None:
+                d_values.add_(p.mT @ grad_avg[..., rows, :])
+            if values is not None:
+                weight = weight + grad_avg[..., rows, :] @ values.mT
+            w = p.mul_(weight)
+            if d_bias is not None:
+                d_bias.add_(w.sum(-2))
+            w.mul_(along(-1 / eps, 2))
+            if d_eps is not None:
+                d_eps.sub_(kernel.inner(rows, w))
+            yield rows, w
+
+    if any(to_leaves):
+        grads = kernel.pull_back(tiles(), to_leaves)
+    else:
+        grads = (None,) * len(to_leaves)
+        for _ in tiles():  # for what else they are made of
+            pass
+    return [share_of(given, d_eps, eps), d_bias, d_values, *grads]
+
+
+def _written_out(
+    kernel: LogKernel, eps: Eps, bias: Tensor, values: Tensor | None, grad_lse: Tensor, grad_avg: Tensor
+) -> Tensor:
+    """``<grad_lse, lse> + <grad_avg, avg>``, densely."""
+    c, free = kernel.entries(slice(None)), bias > -torch.inf
+    live = torch.isfinite(c) & free[..., None, :]
+    some = live.any(-1, keepdim=True)
+    z = torch.where(free, bias, 0.0)[..., None, :] - torch.where(live, c, 0.0) / along(eps, 2)
+    z = torch.where(live, z, torch.where(some, -torch.inf, 0.0))
+    total = torch.where(some[..., 0], grad_lse * z.logsumexp(-1), 0.0).sum()
+    if values is not None:
+        total = total + torch.where(some, grad_avg * (z.softmax(-1) @ values), 0.0).sum()
+    return total
+
+
+def share_of(given: Eps | None, slope: Tensor | None, eps: Eps) -> Tensor | None:
     """The gradient in eps from ``eps`` times that of each problem, ``(*b,)``: summed where one number is for all."""
-    if given is None or slope is None:
+    if not isinstance(given, Tensor) or slope is None:
         return None
     total = slope / eps
     return (total if given.ndim else total.sum()).to(given)

@@ -10,8 +10,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from .. import linalg
 from ..costs import Cost
+from ..derivatives import pulled_back, transformed
 from ..linalg import Eps, along
 from .base import LogKernel
 
@@ -80,7 +80,7 @@ class TiledKernel(LogKernel):
                 d_v += w.sum(-2)[..., None] * v - w.mT @ u[..., rows, :]
         if self.flipped:
             d_u, d_v = d_v, d_u
-        found = linalg.pulled_back(self.cost.embed, self.leaves, (d_u, d_v))
+        found = pulled_back(self.cost.embed, self.leaves, (d_u, d_v))
         return tuple(grad if asked else None for grad, asked in zip(found, wanted, strict=True))
 
     def _pull_back_entries(
@@ -101,7 +101,7 @@ class TiledKernel(LogKernel):
                     pair[side] = points
                 return self.cost.matrix(*pair)
 
-            got = linalg.pulled_back(entries, [parts[side] for side in free], w.mT if self.flipped else w)
+            got = pulled_back(entries, [parts[side] for side in free], w.mT if self.flipped else w)
             for side, grad in zip(free, got, strict=True):
                 out = grads[side]
                 if grad is None or out is None:
@@ -172,7 +172,7 @@ class TiledKernel(LogKernel):
 
 def _multiplied(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     """``left right'`` in ``out``."""
-    if torch._C._are_functorch_transforms_active():  # which know no out= here
+    if transformed():  # they know no out= here
         return out.copy_(torch.matmul(left, right.mT))
     return torch.matmul(left, right.mT, out=out)
 

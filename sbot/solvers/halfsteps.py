@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..arrays import as_array
 from ..kernels import FLOOR, Conditionals, LogKernel, same
 from ..linalg import Eps, along, as_eps
-from ..pace import TINY, Pace, as_array
+from ..pace import TINY, Pace
 from ..partial import capped, masses, support, violation
 from ..relaxed import damping, dual_term, target_weights
 from .scalings import Bounded, Hard, Relaxed

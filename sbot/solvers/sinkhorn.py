@@ -20,9 +20,10 @@ from ..costs import MatrixCost
 from ..diffusion import Intractable
 from ..errors import InvalidProblem, NotConverged, NumericalError, PrecisionWarning
 from ..feasibility import by_potentials, reached
-from ..kernels import TILE_BYTES, Conditionals, DenseKernel, LogKernel, make_kernel, require_memory, room_beside
+from ..kernels import TILE_BYTES, Conditionals, DenseKernel, LogKernel, make_kernel, room_beside
 from ..linalg import Eps, as_eps
 from ..measures import Discrete
+from ..memory import require_memory
 from ..potential_bridge import PotentialBridge
 from ..potentials import Atoms
 from ..problem import NO_PAIR, Problem, lost_atom

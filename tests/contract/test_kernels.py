@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from sbot.costs import Cosine, Cost, Lp, MatrixCost, Quadratic
-from sbot.kernels import Conditionals, DenseKernel, LogKernel, TiledKernel, make_kernel, require_memory, store
+from sbot.kernels import Conditionals, DenseKernel, LogKernel, TiledKernel, make_kernel, store
+from sbot.memory import require_memory
 
 from ..conftest import clouds
 

@@ -112,6 +112,23 @@ def test_gradients_are_those_of_the_value(sample, p, reach, debias):
         assert float(difference) == pytest.approx(float((slope * move).sum() / step), rel=1e-5, abs=1e-8)
 
 
+@pytest.mark.parametrize("options", [{}, {"debias": False}, {"p": 1}, {"reach": 1.0}], ids=str)
+def test_second_derivatives(sample, options):
+    """Against differences of gradients."""
+    a, x, b, y = sample
+    loss = SamplesLoss("sinkhorn", blur=0.5, **options)
+    way = torch.rand(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
+
+    def gradient(x, graph=False):
+        leaf = x.clone().requires_grad_()
+        return leaf, torch.autograd.grad(loss(a, leaf, b, y).sum(), leaf, create_graph=graph)[0]
+
+    leaf, first = gradient(x, graph=True)
+    (have,) = torch.autograd.grad((first * way).sum(), leaf)
+    want = (gradient(x + 1e-5 * way)[1] - gradient(x - 1e-5 * way)[1]) / 2e-5
+    torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-6)
+
+
 def test_geomloss_says_the_same_where_it_converges(sample):
     geomloss = pytest.importorskip("geomloss")
     a, x, b, y = sample

@@ -366,6 +366,32 @@ def test_gradient_of_the_value_of_solve(problem, reg_type, grad):
         close(one, other, 1e-6)
 
 
+SECOND = {
+    "plan": lambda library, a, b, M: library.sinkhorn(a, b, M, 0.1, stopThr=1e-14, numItermax=5000).square().sum(),
+    "linear": lambda library, a, b, M: library.sinkhorn2(a, b, M, 0.1, stopThr=1e-14, numItermax=5000),
+    "value": lambda library, a, b, M: library.solve(M, a, b, reg=0.1, tol=1e-14, max_iter=5000).value,
+    "linear of solve": lambda library, a, b, M: library.solve(M, a, b, reg=0.1, tol=1e-14, max_iter=5000).value_linear,
+    "unbalanced": lambda library, a, b, M: library.unbalanced.sinkhorn_unbalanced2(
+        a, b, M, 0.1, 1.0, stopThr=1e-14, numItermax=5000
+    ).sum(),
+}
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_second_derivatives(name, problem):
+    """POT's go through its iterations, which have converged."""
+    a, b, M = tensors(problem)
+    way = torch.rand(M.shape, generator=torch.Generator().manual_seed(0), dtype=M.dtype)
+    products = []
+    for library in (ot, theirs):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            (first,) = torch.autograd.grad(SECOND[name](library, a, b, M), M, create_graph=True)
+        products.append(torch.autograd.grad((first * way).sum(), M)[0])
+    assert float(products[1].abs().max()) > 1e-6
+    close(*products, 1e-7)
+
+
 def test_what_grad_attaches(problem):
     a, b, M = tensors(problem)
     assert not ot.solve(M, a, b, reg=0.1, grad="detach").value.requires_grad

@@ -155,6 +155,24 @@ def test_learned_bridges_refuse(generator):
             sbot.solve_bridge(x, y, eps, solver=solver)
 
 
+def test_forbidden_pairs(generator):
+    """Of the plan, which has no mass there."""
+    x, y = clouds(5, 6, 2, generator)
+    c = half_squares(x, y)
+    c[0, 1:3] = math.inf
+    a, b = torch.full((5,), 0.2, dtype=torch.float64), torch.full((6,), 1 / 6, dtype=torch.float64)
+
+    def number(eps):
+        bridge = sbot.solve_bridge(a, b, eps, cost=c, solver=TIGHT).differentiable()
+        return bridge.plan().square().sum() + bridge.linear_cost()
+
+    eps = torch.tensor(0.3, dtype=torch.float64)
+    want = (float(number(eps + 1e-4)) - float(number(eps - 1e-4))) / 2e-4
+    assert abs(float(grad(number)(eps)) - want) <= 1e-6 * abs(want)
+    eps.requires_grad_()
+    assert abs(float(torch.autograd.grad(number(eps), eps)[0]) - want) <= 1e-6 * abs(want)
+
+
 # ---- torch.func ----------------------------------------------------------------------------------------------------
 
 

@@ -33,12 +33,18 @@ def available_bytes(device: torch.device) -> int | None:
     return min(limits) if limits else None
 
 
+def lacking(needed: int, device: torch.device) -> str | None:
+    """How much is needed and how much is free, in words, where ``needed`` bytes are not to be had."""
+    if needed <= SURE:
+        return None
+    free = available_bytes(device)
+    if free is None or needed <= free:
+        return None
+    return f"needs {needed / 2**30:.2f} GiB and {max(free, 0) / 2**30:.2f} GiB are free"
+
+
 def require_memory(needed: int, device: torch.device, what: str, remedy: str) -> None:
     """Raise `MemoryError` with the number and the remedy where ``needed`` bytes are not to be had."""
-    if needed <= SURE:
-        return
-    free = available_bytes(device)
-    if free is not None and needed > free:
-        raise MemoryError(
-            f"{what} needs {needed / 2**30:.2f} GiB and {max(free, 0) / 2**30:.2f} GiB are free; {remedy}"
-        )
+    short = lacking(needed, device)
+    if short is not None:
+        raise MemoryError(f"{what} {short}; {remedy}")
