@@ -121,9 +121,9 @@ class Lp(Cost):
 
     def matrix(self, x: Tensor, y: Tensor) -> Tensor:
         if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
-            out: Tensor = _Powers.apply(self.p, self.power, x, y)[0]  # type: ignore[no-untyped-call]
+            out: Tensor = _Powers.apply(self.p, self.power, x, y)  # type: ignore[no-untyped-call]
             return out
-        return _powers(self.p, self.power, x, y)[0]
+        return _powers(self.p, self.power, x, y)
 
     def check(self, x: Tensor, y: Tensor) -> None:
         spread = torch.cat([x, y], -2).detach()
@@ -134,33 +134,30 @@ class Lp(Cost):
         return f"Lp(p={self.p:g}, power={self.power:g})"
 
 
-def _powers(p: float, power: float, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Powers of distances, and the distances."""
+def _powers(p: float, power: float, x: Tensor, y: Tensor) -> Tensor:
     # the product form of cdist loses half the digits of small distances
     distance = torch.cdist(x, y, p=p, compute_mode="donot_use_mm_for_euclid_dist")
-    return (distance if power == 1 else distance.pow(power)), distance
+    return distance if power == 1 else distance.pow(power)
 
 
 class _Powers(torch.autograd.Function):
-    """`_powers`, with derivatives of any order; cdist has one.
+    """Powers of distances, with derivatives of any order; cdist has one.
 
     The distance of two points at one place has no slope: it is 0 as a constant.
     """
 
     @staticmethod
-    def forward(p: float, power: float, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        found, distance = _powers(p, power, x, y)
-        return found, distance.clone() if found is distance else distance
+    def forward(p: float, power: float, x: Tensor, y: Tensor) -> Tensor:
+        return _powers(p, power, x, y)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.p, ctx.power, x, y = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(x, y, output[1])
+        ctx.save_for_backward(x, y, output)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        x, y, distance = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x, y, found), (grad,) = ctx.saved_tensors, grads
         p, power = ctx.p, ctx.power
 
         def number(*moved: Tensor) -> Tensor:
@@ -173,7 +170,10 @@ class _Powers(torch.autograd.Function):
             return (grad * torch.where(apart, torch.where(apart, total, 1.0).pow(power / p), 0.0)).sum()
 
         def stream() -> list[Tensor | None]:
-            slope = grad if power == 1 else torch.where(distance > 0, grad * power * distance.pow(power - 1), 0.0)
+            distance, slope = found, grad
+            if power != 1:
+                distance = found.pow(1 / power)
+                slope = torch.where(found > 0, grad * power * distance.pow(power - 1), 0.0)
             sides = (x, y, slope, distance), (y, x, slope.mT, distance.mT)
             return [
                 torch.ops.aten._cdist_backward(w.contiguous(), here, there, p, d.contiguous()) if asked else None
@@ -181,8 +181,8 @@ class _Powers(torch.autograd.Function):
             ]
 
         wanted = ctx.needs_input_grad[2:]
-        entries = distance.numel() * max(1, x.shape[-1] // 4)
-        return None, None, *derivatives.of_number(number, (x, y), wanted, stream, (grad,), entries)
+        entries = found.numel() * max(1, x.shape[-1] // 4)
+        return None, None, *derivatives.of_number(number, (x, y), wanted, stream, grads, entries)
 
 
 @final

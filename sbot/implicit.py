@@ -189,14 +189,21 @@ class _Potentials(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.kernel, ctx.relax, _, _, eps, *rest = inputs
         ctx.eps = None if isinstance(eps, Tensor) else eps
+        # where only values are asked for, their first derivatives need nothing of this
+        ctx.set_materialize_grads(False)
         # the solution, and not what it is a copy of: derivatives of a derivative follow it
         ctx.save_for_backward(*output, eps if ctx.eps is None else None, *rest)
 
     @staticmethod
-    def backward(ctx: Any, grad_f: Tensor, grad_g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grads == (None, None):
+            return (None,) * len(ctx.needs_input_grad)
+        f, g, given, *rest = ctx.saved_tensors
+        grad_f, grad_g = (
+            torch.zeros_like(part) if grad is None else grad for part, grad in zip((f, g), grads, strict=True)
+        )
         refuse_vmap(grad_f, "the gradient of the potentials")
         refuse_vmap(grad_g, "the gradient of the potentials")
-        f, g, given, *rest = ctx.saved_tensors
         inputs = [ctx.eps if given is None else given, *rest]
         wanted = ctx.needs_input_grad[4:]
 
@@ -208,8 +215,8 @@ class _Potentials(torch.autograd.Function):
             with linalg.full_precision():
                 return _streamed(ctx.kernel, ctx.relax, (f, g), inputs, grad_f, grad_g)
 
-        grads = derivatives.of_number(number, inputs, wanted, stream, (grad_f, grad_g), ctx.kernel.size)
-        return None, None, None, None, *grads
+        found = derivatives.of_number(number, inputs, wanted, stream, (grad_f, grad_g), ctx.kernel.size)
+        return None, None, None, None, *found
 
 
 def _streamed(

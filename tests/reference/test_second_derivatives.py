@@ -270,3 +270,17 @@ def test_a_value_may_be_differentiated_twice_over(generator):
     first.append(torch.autograd.grad(value, x)[0])
     for part in (*first, curved):
         torch.testing.assert_close(part, first[0], rtol=1e-12, atol=1e-14)
+
+
+def test_first_derivatives_of_values_solve_nothing(generator, monkeypatch):
+    (x, y, a, b, _), _ = data("quadratic", generator)
+    monkeypatch.setattr("sbot.implicit._streamed", None)
+    monkeypatch.setattr("sbot.implicit._written_out", None)
+    for value in (
+        lambda x: sbot.solve_bridge((x, a), (y, b), EPS).cost(),
+        lambda x: sbot.solve_bridge((x, a), (y, b), EPS).differentiable().cost(),
+        lambda x: sbot.sinkhorn_divergence((x, a), (y, b), EPS),
+    ):
+        assert float(torch.func.grad(value)(x).abs().max()) > 0
+        leaf = x.clone().requires_grad_()
+        assert float(torch.autograd.grad(value(leaf), leaf)[0].abs().max()) > 0
