@@ -8,8 +8,9 @@ potentials of a solve, which grow without bound on such a set.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ PAIRS = 200_000
 LISTED = 8
 #: Capacities of the flow are whole numbers that sum to this; what they find is checked with the masses themselves.
 UNITS = 2**30
+#: Relative difference of two ratios of masses that whole capacities can tell.
+RESOLVED = 1e-7
 
 
 @final
@@ -122,25 +125,70 @@ def _one(allowed: Any, a: Any, b: Any, spare: float | None, slack: float, proble
     return shortage(_cut(small, supply, demand), "a maximal flow through the allowed pairs")
 
 
-def evened(allowed: Tensor, a: Tensor, b: Tensor) -> Tensor | None:
-    """What to multiply ``b (m,)`` with to give it the mass of ``a (n,)`` in each connected part of ``allowed (n, m)``.
+class Limit(NamedTuple):
+    """Where alternating half-steps end where no plan has both marginals: rows of a, columns of ``factor b``, and zeros outside
+    the pairs ``kept``."""
 
-    That is where alternating half-steps end.  None where a part has mass on one side only.
+    factor: Tensor
+    kept: Tensor
+
+
+def limit(allowed: Tensor, a: Tensor, b: Tensor) -> Limit | None:
+    """What alternating half-steps on the pairs ``allowed`` ``(n, m)`` end at, the rows last, for weights ``(n,)`` and ``(m,)``.
+
+    They are alternating projections, and end at the plan with rows of a whose columns b' are nearest to b in relative entropy:
+    the set S of atoms of mu with the largest ``a(S) / b(N(S))`` fills ``N(S)`` to that multiple of b, no other atom sends
+    anything there, and so on with the rest (Fujishige 1980: the lexicographically optimal base).  None where an atom has no
+    partner, or the pattern is too large to tell.
     """
     supply, demand = (as_array(side.double()) for side in (a, b))
     live = np.flatnonzero(supply > 0), np.flatnonzero(demand > 0)
     rows, row_of = _alike(as_array(allowed)[np.ix_(*live)])
     columns, column_of = _alike(rows.T)
     small = columns.T
-    factor, met = np.ones(len(demand)), np.zeros(len(live[1]), dtype=bool)
-    for part in _parts(small) or [np.ones(len(small), dtype=bool)]:
-        here, there = live[0][part[row_of]], small[part].any(0)[column_of]
-        room = demand[live[1][there]].sum()
-        if not room > 0:
-            return None
-        factor[live[1][there]] = supply[here].sum() / room
-        met |= there
-    return torch.from_numpy(factor).to(b) if met.all() else None
+    if np.count_nonzero(small) > PAIRS or not (small.any(0).all() and small.any(1).all()):
+        return None
+    masses = np.bincount(row_of, supply[live[0]], len(small)), np.bincount(column_of, demand[live[1]], small.shape[1])
+    factor, blocks = np.ones(len(demand)), [np.full(len(side), -1) for side in (supply, demand)]
+    for k, (here, there) in enumerate(_blocks(small, *masses)):
+        ends = live[0][here[row_of]], live[1][there[column_of]]
+        factor[ends[1]] = supply[ends[0]].sum() / demand[ends[1]].sum()
+        for block, end in zip(blocks, ends, strict=True):
+            block[end] = k
+    mine, other = (torch.from_numpy(block).to(allowed.device) for block in blocks)
+    apart = (mine[:, None] != other) & (mine >= 0)[:, None] & (other >= 0)
+    return Limit(torch.from_numpy(factor).to(b), allowed & ~apart)
+
+
+def _blocks(pattern: Any, supply: Any, demand: Any) -> Iterator[tuple[Any, Any]]:
+    """Rows and columns of the sets of `limit`; every row and column has a partner."""
+    left = [(np.ones(len(pattern), dtype=bool), np.ones(pattern.shape[1], dtype=bool))]
+    while left:
+        here, there = left.pop()
+        parts = [
+            np.isin(np.arange(len(pattern)), np.flatnonzero(here)[part])
+            for part in _parts(pattern[np.ix_(here, there)])
+        ]
+        if parts:
+            left += [(part, pattern[part].any(0) & there) for part in parts]
+            continue
+        best = here
+        while True:  # as Dinkelbach does: a set of a larger ratio than the last, until there is none
+            reached = pattern[best].any(0) & there
+            ratio = supply[best].sum() / demand[reached].sum()
+            grid = np.ix_(here, there)
+            found = np.zeros_like(here)
+            found[np.flatnonzero(here)[_cut(pattern[grid], supply[here], ratio * demand[there])]] = True
+            if not found.any():
+                break
+            higher = supply[found].sum() / demand[pattern[found].any(0) & there].sum()
+            if not higher > ratio * (1 + RESOLVED):
+                break
+            best = found
+        yield best, reached
+        rest = here & ~best, there & ~reached
+        if rest[0].any():
+            left.append(rest)
 
 
 def _alike(pattern: Any) -> tuple[Any, Any]:

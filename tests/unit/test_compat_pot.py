@@ -834,12 +834,44 @@ def test_labels_may_be_strings():
     np.testing.assert_allclose(plans[0], plans[2], rtol=1e-6)
 
 
-def test_no_plan_is_an_error_and_no_promise():
-    """A target without a label joins the classes to one part, which no factor makes feasible: an error, and no warning."""
-    M = np.zeros((6, 6))
-    M[:4, 2:] = M[4:, 0] = np.inf
-    w = np.full(6, 1 / 6)
+def half_steps(a, b, M, most=10_000):
+    """The plan after so many, rows last, in logarithms."""
+    log_a, log_b, log_k = (torch.from_numpy(part) for part in (np.log(a), np.log(b), -M))
+    u = torch.zeros_like(log_a)
+    for _ in range(most):
+        v = log_b - torch.logsumexp(log_k + u[:, None], 0)
+        u = log_a - torch.logsumexp(log_k + v, 1)
+    return (u[:, None] + log_k + v).exp().numpy()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_where_no_plan_is_left_it_is_the_end_of_the_iterations(seed):
+    """Any pattern in which every atom has a partner: the plan that half-steps tend to, rows last; a warning where they miss b."""
+    draw = np.random.default_rng(seed)
+    n, m = draw.integers(2, 9, 2)
+    allowed = draw.random((n, m)) < 0.2 + 0.5 * draw.random()
+    allowed[np.arange(n), draw.integers(0, m, n)] = allowed[draw.integers(0, n, m), np.arange(m)] = True
+    M = np.where(allowed, draw.random((n, m)), np.inf)
+    a, b = draw.random(n) + 0.05, draw.random(m) + 0.05
+    a, b = a / a.sum(), b / b.sum()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        plan = ot.sinkhorn(a, b, M, 0.3)
+    want = half_steps(a, b, M / 0.3)
+    np.testing.assert_allclose(plan, want, rtol=0, atol=1e-6)
+    missed = np.abs(plan.sum(0) - b).sum() > 1e-6
+    assert any("leave no plan" in str(warning.message) for warning in told) == missed
+
+
+def test_classes_and_targets_without_a_label():
+    """More of one class among the targets than the sources have, and some without a label: POT's plan."""
+    draw = np.random.default_rng(0)
+    x, y = draw.normal(size=(10, 2)), draw.normal(size=(12, 2))
+    labels = {"ys": np.array([0] * 8 + [1] * 2), "yt": np.array([0] * 2 + [1] * 6 + [-1] * 4)}
+    with pytest.warns(UserWarning, match="leave no plan"):
+        plan = ot.da.SinkhornTransport(reg_e=1.0).fit(Xs=x, Xt=y, **labels).coupling_
+    np.testing.assert_allclose(plan.sum(1), 0.1, rtol=1e-9)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with pytest.raises(ValueError, match="leave no plan"):
-            ot.sinkhorn(w, w, M, 1.0)
+        warnings.simplefilter("ignore")
+        other = theirs.da.SinkhornTransport(reg_e=1.0, max_iter=200, tol=1e-14).fit(Xs=x, Xt=y, **labels).coupling_
+    np.testing.assert_allclose(plan, other, rtol=0, atol=1e-6)

@@ -26,7 +26,7 @@ from ...arrays import as_number
 from ...bridge import Report
 from ...costs import MatrixCost
 from ...errors import InvalidProblem, NotConverged, PrecisionWarning
-from ...feasibility import evened
+from ...feasibility import limit
 from ...linalg import full_precision
 from ...measures import Discrete
 from ...potential_bridge import PotentialBridge
@@ -47,8 +47,8 @@ DID_NOT_CONVERGE = (
     "regularization parameter `reg`."
 )
 PARTED = (
-    "the forbidden pairs (+inf in M, or labels) leave parts in which a and b have different masses: no plan has both as "
-    "marginals; b was rescaled to the mass of a in each part. Give labels in equal shares, or use ot.unbalanced."
+    "the forbidden pairs (+inf in M, or labels) leave no plan with both a and b as marginals; b was rescaled to what the rows "
+    "of a can send to each part of it. Give labels in equal shares, or use ot.unbalanced."
 )
 #: Numerical knobs of POT's methods, and what its own functions pass along: taken, and of no effect here.
 KNOBS = ("tau", "print_period", "epsilon0", "numInnerItermax", "method", "tol_abs", "tol_rel")
@@ -172,10 +172,10 @@ def couple(
             try:
                 problem = Problem.of(a, b, reg, cost=cost, relax=relax, **partial)
             except InvalidProblem:
-                b = None if relax or partial else _evened(a, b, cost)
-                if b is None:
+                ending = None if relax or partial else _limit(a, b, cost)
+                if ending is None:
                     raise
-                problem = Problem.of(a, b, reg, cost=cost)
+                problem = Problem.of(a, ending[0], reg, cost=ending[1])
                 warnings.warn(PARTED, stacklevel=_outside())
             assert isinstance(problem.mu, Discrete)
             whole = float(problem.mu.mass.detach().max())
@@ -187,12 +187,12 @@ def couple(
     return Solved(bridge, ask.stop)
 
 
-def _evened(a: Any, b: Any, M: Any) -> Tensor | None:
-    """``b`` with the mass of ``a`` in each part that forbidden pairs leave, which is where POT's iterations end too."""
+def _limit(a: Any, b: Any, M: Any) -> tuple[Tensor, Tensor] | None:
+    """``b`` and ``M`` of a problem that has the plan which POT's iterations tend to where a and b have none."""
     if not all(isinstance(part, Tensor) for part in (a, b, M)) or not bool(torch.isposinf(M).any()):
         return None
-    factor = evened(torch.isfinite(M.detach()), a, b)
-    return None if factor is None else b * factor
+    found = limit(torch.isfinite(M.detach()), a, b)
+    return None if found is None else (b * found.factor, torch.where(found.kept, M, math.inf))
 
 
 def _start(problem: Problem, log_u: Tensor, log_v: Tensor) -> PotentialBridge:
