@@ -50,6 +50,15 @@ def _square_distances(u: Tensor, v: Tensor) -> Tensor:
     return (half - u @ v.mT).clamp(min=0)
 
 
+def augmented(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """``(-u, |u|^2 / 2, 1)`` and ``(v, 1, |v|^2 / 2)``, whose products are ``|u_i - v_j|^2 / 2``.
+
+    One matrix product, and no sweep over the matrix for what rows and columns add.  It cancels: centre the points first.
+    """
+    near, far = (part.square().sum(-1, keepdim=True) / 2 for part in (u, v))
+    return torch.cat([-u, near, torch.ones_like(near)], -1), torch.cat([v, torch.ones_like(far), far], -1)
+
+
 @final
 class Quadratic(Cost):
     """``C(x, y) = |x - y|^2 / 2``, what the Brownian reference charges.

@@ -10,7 +10,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ..costs import Cost
+from ..costs import Cost, augmented
 from ..derivatives import pulled_back, transformed
 from ..linalg import Eps, along
 from .base import LogKernel
@@ -126,17 +126,13 @@ class TiledKernel(LogKernel):
         if self._embedded is None:
             super().fill(rows, out)
             return
-        # one product: no sweep over the tile for what rows and columns add
         left, right = self._augmented
         _multiplied(left[..., rows, :], right, out).clamp_(min=0)
 
     @cached_property
     def _augmented(self) -> tuple[Tensor, Tensor]:
-        """``(-u, |u|^2 / 2, 1)`` and ``(v, 1, |v|^2 / 2)``, whose products are the cost."""
         assert self._embedded is not None
-        u, v = self._embedded
-        near, far = (part.square().sum(-1, keepdim=True) / 2 for part in (u, v))
-        return torch.cat([-u, near, torch.ones_like(near)], -1), torch.cat([v, torch.ones_like(far), far], -1)
+        return augmented(*self._embedded)
 
     def column(self, bias: Tensor, eps: Eps) -> Tensor:
         return bias if self._embedded is None else bias - self._embedded[1].square().sum(-1) / along(2 * eps, 1)

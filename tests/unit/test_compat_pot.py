@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import inspect
+import pickle
 import warnings
 
 import numpy as np
@@ -875,3 +876,30 @@ def test_classes_and_targets_without_a_label():
         warnings.simplefilter("ignore")
         other = theirs.da.SinkhornTransport(reg_e=1.0, max_iter=200, tol=1e-14).fit(Xs=x, Xt=y, **labels).coupling_
     np.testing.assert_allclose(plan, other, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_results_can_be_sent_between_processes(problem, rng, lazy):
+    a, b, M = problem
+    x, y = rng.normal(size=(len(a), 2)), rng.normal(size=(len(b), 2))
+    results = [ot.solve_sample(x, y, reg=1.0, lazy=lazy)] + [ot.solve(M, a, b, reg=0.1)] * (not lazy)
+    for made in results:
+        back = pickle.loads(pickle.dumps(made))
+        for name in ("value", "value_linear", "plan", "potentials", "status", "marginals"):
+            np.testing.assert_equal(getattr(back, name), getattr(made, name))
+        if lazy:
+            np.testing.assert_equal(back.lazy_plan[:], made.lazy_plan[:])
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.uint8, torch.int64])
+def test_squares_of_integers_are_integers(kind):
+    draw = np.random.default_rng(0).integers(0, 250, (2, 5, 3))
+    x, y = (torch.from_numpy(part) if kind is torch.int64 else part.astype(kind) for part in draw)
+    want = ((draw[0][:, None] - draw[1]) ** 2).sum(-1)
+    got = ot.dist(x, y)
+    assert got.dtype in (np.int64, torch.int64)
+    np.testing.assert_array_equal(np.asarray(got), want)
+    # far off, where single precision has no such numbers
+    far = draw[0] + 2**22
+    got = ot.dist(torch.from_numpy(far), torch.from_numpy(draw[1]))
+    np.testing.assert_array_equal(np.asarray(got), ((far[:, None] - draw[1]) ** 2).sum(-1))

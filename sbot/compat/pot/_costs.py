@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ...costs import Cost, Lp, Quadratic
+from ...costs import Cost, Lp, Quadratic, augmented
 from ...errors import Unsupported
 from ._arrays import covers, enter, pot
 
@@ -46,7 +47,7 @@ def dist(
 ) -> Any:
     """Distances ``(n1, n2)`` between samples ``(n1, d)`` and ``(n2, d)``; "sqeuclidean" is the whole square.
 
-    Metrics other than "sqeuclidean", "euclidean" and "cityblock" are POT's.
+    Metrics other than "sqeuclidean", "euclidean" and "cityblock" are POT's.  Squares of integers are int64.
 
     Examples
     --------
@@ -63,7 +64,16 @@ def dist(
             raise ValueError(
                 f"{name} has shape {tuple(points.shape)}; give two arrays of samples (n, d) with the same d"
             )
+    if metric == "sqeuclidean" and all(_is_integer(points) for points in (x1, x1 if x2 is None else x2)):
+        whole = distances(x.double(), y.double(), metric).round()
+        return home.back(whole.long())
     return home.back(distances(x, y, metric))
+
+
+def _is_integer(points: Any) -> bool:
+    if isinstance(points, Tensor):
+        return not (points.dtype.is_floating_point or points.dtype.is_complex)
+    return isinstance(points, np.ndarray) and points.dtype.kind in "iu"
 
 
 def distances(x: Tensor, y: Tensor, metric: str) -> Tensor:
@@ -71,16 +81,11 @@ def distances(x: Tensor, y: Tensor, metric: str) -> Tensor:
     dtype = torch.promote_types(x.dtype, y.dtype)
     x, y = x.to(dtype), y.to(dtype)
     if metric == "cityblock":
-        return torch.cdist(x, y, p=1.0)
+        return Lp(1.0).matrix(x, y)
     centre = y.detach().mean(-2, keepdim=True)
     x, y = x - centre, y - centre
-    # one product of (-2 x, |x|^2, 1) and (y, 1, |y|^2): no sweep over the matrix for what rows and columns add
-    high_x, high_y = (points.square().sum(-1, keepdim=True) for points in (x, y))
-    near, far = (
-        torch.cat([-2 * x, high_x, torch.ones_like(high_x)], -1),
-        torch.cat([y, torch.ones_like(high_y), high_y], -1),
-    )
-    squares = (near @ far.mT).clamp_(min=0)
+    near, far = augmented(x, y)
+    squares = (2 * near @ far.mT).clamp_(min=0)
     if x.shape == y.shape and torch.equal(x, y):
         squares = (squares + squares.mT) / 2  # to the last digit
         squares.diagonal(dim1=-2, dim2=-1).zero_()

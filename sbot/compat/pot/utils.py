@@ -60,6 +60,11 @@ class OTResult:
         self._home, self.report, self.status, self.log, self.lazy_plan = home, report, status, log, lazy_plan
         self._parts = parts
 
+    def __getstate__(self) -> dict[str, Any]:
+        """With all parts made, and without what makes them: as results are sent between processes."""
+        made = {name: getattr(self, name) for name in ("value", "value_linear", "plan", "potentials")}
+        return {**self.__dict__, **made, "_parts": {}}
+
     def _get(self, name: str) -> Any:
         made = self._parts.get(name)
         out = None if made is None else made()
