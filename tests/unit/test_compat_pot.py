@@ -903,3 +903,30 @@ def test_squares_of_integers_are_integers(kind):
     far = draw[0] + 2**22
     got = ot.dist(torch.from_numpy(far), torch.from_numpy(draw[1]))
     np.testing.assert_array_equal(np.asarray(got), ((far[:, None] - draw[1]) ** 2).sum(-1))
+
+
+@pytest.mark.filterwarnings("ignore:scipy.optimize:DeprecationWarning")
+@pytest.mark.parametrize("reg_m", [0.1, 1.0, 10.0])
+def test_relaxed_with_the_plain_entropy(problem, reg_m):
+    """The minimiser, where POT's descent stops on its way; its objective, by the definition; a start is POT's affair."""
+    a, b, M = problem
+    options = {"reg": 0.1, "reg_type": "entropy", "unbalanced": reg_m}
+    made, other = ot.solve(M, a, b, **options), theirs.solve(M, a, b, **options)
+
+    def value(P):
+        penalty = kl(P.sum(1), a) + kl(P.sum(0), b)
+        return (P * M).sum() + 0.1 * (P * np.log(np.maximum(P, 1e-300)) - P).sum() + reg_m * penalty
+
+    close(made.value, value(made.plan), 1e-10)
+    assert value(made.plan) <= value(other.plan)
+    close(made.value, other.value, 0.1)
+    # at the minimum the slope is 0 in every entry
+    slope = (
+        M
+        + 0.1 * np.log(made.plan)
+        + reg_m * np.log(made.plan.sum(1) / a)[:, None]
+        + reg_m * np.log(made.plan.sum(0) / b)
+    )
+    assert np.abs(slope).max() < 1e-7
+    start = np.outer(a, b)
+    close(ot.solve(M, a, b, **options, plan_init=start).plan, theirs.solve(M, a, b, **options, plan_init=start).plan)

@@ -47,9 +47,7 @@ def _ours(reg: Any, reg_type: Any, unbalanced: Any, unbalanced_type: str) -> boo
     """Whether the problem is entropic with hard or KL marginals."""
     if reg is None or (isinstance(reg, (int, float)) and reg == 0) or not isinstance(reg_type, str):
         return False
-    if unbalanced is None:
-        return reg_type.lower() in ("kl", "entropy")
-    return reg_type.lower() == "kl" and unbalanced_type.lower() == "kl"
+    return reg_type.lower() in ("kl", "entropy") and (unbalanced is None or unbalanced_type.lower() == "kl")
 
 
 @covers("solve")
@@ -75,7 +73,8 @@ def solve(
 
     Entropic problems (``reg_type`` "KL" or "entropy", marginals hard or relaxed by KL) are solved here, the others by POT.
     ``value`` is ``<P, M> + reg sum P log(P / c)``, c the reference (``a x b``), or ``+ reg sum P log P`` for "entropy"; with
-    relaxed marginals it is the whole objective, mass terms included.  Its gradients in M, a and b are exact.
+    relaxed marginals it is the whole objective, mass terms included (``sum P log P - P`` for "entropy").  Its gradients in M, a
+    and b are exact.
 
     Parameters
     ----------
@@ -95,7 +94,9 @@ def solve(
     """
     if method is not None and method not in METHODS:
         raise ValueError(f"Unknown method={method} for solve, must be in {list(METHODS)}")
-    if not _ours(reg, reg_type, unbalanced, unbalanced_type) or method in ("mm", "lbfgsb"):
+    ours = _ours(reg, reg_type, unbalanced, unbalanced_type)
+    started = ours and plan_init is not None and unbalanced is not None and reg_type.lower() == "entropy"
+    if not ours or started or method in ("mm", "lbfgsb"):
         return pot("solve")(
             M, a, b, reg, c, reg_type, unbalanced, unbalanced_type, method, n_threads, max_iter, plan_init,
             potentials_init, tol, verbose, grad,
@@ -113,7 +114,7 @@ def solve(
     warm = _start(potentials_init, M)
     ask = Ask(1e-9 if tol is None else tol, steps, warm)
     if unbalanced is not None:
-        part = relaxed(a, b, M, reg, pair(unbalanced), reference, False, ask)
+        part = relaxed(a, b, M, reg, pair(unbalanced), None if entropic else reference, entropic, ask)
         part = replace(part, solved=_unrolled(part.solved, grad))
         without_masses = is_strict()  # of the call, not of when the value is looked at
         solved = part.solved
