@@ -275,6 +275,12 @@ class MatrixCost(Cost):
         low, high = torch.aminmax(self.values.detach())
         return float(low), float(high)
 
+    @property
+    def _known(self) -> tuple[float, float] | None:
+        """`ends` where they have been looked for."""
+        known: tuple[float, float] | None = self.__dict__.get("ends")
+        return known
+
     def look_again(self) -> None:
         """Forget what was found in the entries: a matrix that is kept may have been written to."""
         self.__dict__.pop("ends", None)
@@ -293,11 +299,16 @@ class MatrixCost(Cost):
     @property
     def T(self) -> MatrixCost:
         """The cost of going back; shares memory."""
-        return self._like(self.values.mT, self.batch_shape, self.ends)
+        return self._like(self.values.mT, self.batch_shape, self._known)
 
     def expand(self, batch_shape: tuple[int, ...]) -> MatrixCost:
         """The same cost for each problem of a larger batch; shares memory."""
-        return self._like(self.values, batch_shape, self.ends)
+        return self._like(self.values, batch_shape, self._known)
+
+    def to(self, dtype: torch.dtype | None, device: torch.device | str | None) -> MatrixCost:
+        """The same cost in a dtype and on a device; None leaves either as it is."""
+        moved = self.values.to(dtype=dtype, device=device)
+        return self._like(moved, self.batch_shape, self._known if moved.dtype == self.values.dtype else None)
 
     def pick(self, index: tuple[int, ...], n: int, m: int) -> MatrixCost:
         """The cost of one problem of a batch, between its first ``n`` and ``m`` atoms."""

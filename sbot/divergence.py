@@ -54,6 +54,8 @@ SHARES = (1 / 2, 2 / 3, 1.0)
 MOST, PATIENCE = 100, 6
 #: Rounding of a value in float64, relative to its terms.
 ROUNDING = 128 * torch.finfo(torch.float64).eps
+#: Entries up to which costs that are dear are computed once, for the solves, the value and its derivative.
+ONCE = 2**20
 #: Points of each side that a cost is tried on.
 PROBES = 32
 
@@ -135,6 +137,15 @@ def sinkhorn_divergence(
 
 
 def _between_atoms(problem: Problem, within: list[Problem], solver: Sinkhorn, progress: Any) -> Tensor:
+    assert isinstance(problem.mu, Discrete) and isinstance(problem.nu, Discrete)
+    # one set of weights for the three terms: masses that float32 took for equal are made equal in float64
+    wide = problem.to(dtype=torch.float64)
+    ends = wide.mu, wide.nu
+    inner = [replace(part.to(dtype=torch.float64), mu=end, nu=end) for part, end in zip(within, ends, strict=True)]
+    if isinstance(problem.cost, Lp) and math.prod(wide.batch_shape) * max(problem.mu.n, problem.nu.n) ** 2 <= ONCE:
+        charges = [MatrixCost(part.cost.matrix(*part.sites)) for part in (wide, *inner)]
+        wide, *inner = (_charged(part, charge) for part, charge in zip((wide, *inner), charges, strict=True))
+        problem, *within = (_charged(part, charge) for part, charge in zip((problem, *within), charges, strict=True))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotConverged)
         bridge = solver.solve(problem, progress=progress)
@@ -152,9 +163,6 @@ def _between_atoms(problem: Problem, within: list[Problem], solver: Sinkhorn, pr
             NotConverged,
             stacklevel=3,
         )
-    # one set of weights for the three terms: masses that float32 took for equal are made equal in float64
-    wide = problem.to(dtype=torch.float64)
-    ends = wide.mu, wide.nu
     log_z = wide.log_normaliser()
     selves_logs = [_logs(end, part.values, wide.eps) for end, part in zip(ends, selves, strict=True)]
     logs = [_logs(end, part, wide.eps) for end, part in zip(ends, bridge.coupling.dual_values(), strict=True)]
@@ -164,8 +172,8 @@ def _between_atoms(problem: Problem, within: list[Problem], solver: Sinkhorn, pr
         return DiscreteCoupling(asked, Atoms(x, left), Atoms(y, right + log_z)).cost()
 
     halves = torch.zeros((), dtype=torch.float64, device=problem.device)
-    for part, end, log in zip(within, ends, selves_logs, strict=True):
-        halves = halves + dual(replace(part.to(dtype=torch.float64), mu=end, nu=end), log, log) / 2
+    for part, log in zip(inner, selves_logs, strict=True):
+        halves = halves + dual(part, log, log) / 2
     a, b = (end.weights.sum(-1) for end in ends if isinstance(end, Discrete))
     rest = wide.free_eps * (a - b).square() / 2 - halves
     value = dual(wide, *logs) + rest
@@ -177,6 +185,11 @@ def _between_atoms(problem: Problem, within: list[Problem], solver: Sinkhorn, pr
         noise = ROUNDING * (rest.detach().abs() + (value - rest).detach().abs() + (wide.free_eps * a * b).detach())
         value = torch.where((value < 0) & (value >= -noise), value - value.detach(), value)
     return value
+
+
+def _charged(problem: Problem, charge: MatrixCost) -> Problem:
+    """The same problem with its costs as a matrix; their graph is kept where the dtype is."""
+    return replace(problem, reference=Static(fitted(charge, problem.batch_shape, dtype=problem.dtype)))
 
 
 # ---- the self terms ------------------------------------------------------------------------------------------------
@@ -204,7 +217,9 @@ def _alone(problem: Problem, solver: Sinkhorn, tolerance: float, show: Callable[
     live, log_a, damp = a > 0, a.log(), damping(rho, unit)
     kernel = make_kernel(problem.cost, *(site.detach() for site in problem.sites), memory=solver.memory)
     machine = torch.finfo(problem.dtype).eps
-    tolerance = max(tolerance, machine * max(REACH * float((kernel.scale()[1] / eps).max()), 8.0))
+    most = kernel.bound()  # quick to tell, where it is known
+    top = kernel.scale()[1] if isinstance(eps, Tensor) or most == math.inf else torch.tensor(most)
+    tolerance = max(tolerance, machine * max(REACH * float((top / eps).max()), 8.0))
     largest = float(eps.max()) if isinstance(eps, Tensor) else eps
     laws = Conditionals(kernel, room_beside(kernel, problem.cost, solver.memory), few=True)
 

@@ -387,8 +387,7 @@ def fitted(
     device: torch.device | str | None = None,
 ) -> MatrixCost:
     """The matrix in a dtype and on a device, for each problem of the batch where they share it."""
-    moved = MatrixCost(cost.values.to(dtype=dtype, device=device))
-    return moved.expand(batch) if suffix(moved.batch_shape, batch) else moved
+    return cost.to(dtype, device).expand(batch) if suffix(cost.batch_shape, batch) else cost.to(dtype, device)
 
 
 def _histogram(side: Any, cost: Cost, axis: int, name: str) -> int:
