@@ -33,17 +33,13 @@ class Pace:
 
     At the solution half-steps are Gauss-Seidel iterations on two blocks.  Where plain ones contract by theta^2, relaxed
     ones contract by the lambda of ``(lambda + omega - 1)^2 = lambda omega^2 theta^2``, which is least at
-    ``omega = 2 / (1 + sqrt(1 - theta^2))``, where it is ``omega - 1``.
-
-    Attributes
-    ----------
-    fall, ahead : by how much the logarithm of the error fell in each of the last iterations, and is to fall in the next ones.
+    ``omega = 2 / (1 + sqrt(1 - theta^2))``.
     """
 
     def __init__(self, errors: Tensor) -> None:
         self.like = errors
         self.last = as_array(errors)
-        self.looks, self.factor, self.fall, self.ahead = np.zeros_like(self.last), np.ones_like(self.last), 0.0, 0.0
+        self.looks, self.factor, self.fall = np.zeros_like(self.last), np.ones_like(self.last), 0.0
 
     @property
     def omega(self) -> Eps | None:
@@ -62,6 +58,4 @@ class Pace:
         # the first iterations are no measure of the last, and where the error grew it starts again
         factor = np.where((self.looks == 1) | (rate == 0), self.factor, best)
         self.factor = np.where(rate >= 1, 1.0, factor)
-        contraction = np.where(self.factor > 1, self.factor - 1, np.clip(rate, TINY, 1.0))
-        self.ahead = -math.log(max(float(contraction.max()), TINY))
         self.looks = np.where((rate >= 1) & (self.looks > 1), 0.0, self.looks)

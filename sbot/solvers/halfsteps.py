@@ -35,8 +35,6 @@ Correct = Callable[[Tensor, Tensor], Tensor]
 TRUST = 8.0
 #: The same for a model with all entries: what single precision can hold.
 RANGE = 50.0
-#: Share of the tolerance at which a model says that a pass would find it met.
-MET = 0.5
 #: Growth of the error over its least, at which accelerated passes start again from there.
 GROWN = 3.0
 #: Passes without a new best after which the correction between cells is given up, as it is where the error has grown so.
@@ -54,7 +52,7 @@ class State:
     """The problem and where the iteration is; potentials in cost units, ``(*b, n)`` and ``(*b, m)``.
 
     ``eps`` is a number, or ``(*b,)``.  ``slack`` says how many times looser the tolerance of each problem is than that of the
-    solve, ``(*b,)``: errors are measured in it, and held against ``tolerance``.  ``model`` is where the conditional laws are kept, None where iterations
+    solve, ``(*b,)``: errors are measured in it.  ``model`` is where the conditional laws are kept, None where iterations
     stream.  ``rows`` and ``columns`` are the masses of the plan, in float64; ``fresh`` says whether they are those of the
     present g, ``known`` whether the model is; ``roomless`` is the smallest eps at which there was no room for one.  ``correct``
     improves a half-step where iterations stream, see `cells.Correction`; ``stiff`` remembers that conjugate gradients did not
@@ -70,7 +68,6 @@ class State:
     model: Conditionals | None = None
     eps: Eps = 1.0
     slack: Eps = 1.0
-    tolerance: float = 0.0
     iterations: int = 0
     passes: int = 0
     roomless: float = math.inf
@@ -150,8 +147,7 @@ class State:
         kernel = self.kernel.take(index)
         model = None if self.model is None else self.model.like(kernel)
         eps, slack = (part[index] if isinstance(part, Tensor) else part for part in (self.eps, self.slack))
-        part = State(kernel, self.a[index], self.b[index], self.rho, self.g[index], model, eps, slack)
-        part.tolerance, part.iterations = self.tolerance, self.iterations
+        part = State(kernel, self.a[index], self.b[index], self.rho, self.g[index], model, eps, slack, self.iterations)
         part.mass = None if self.mass is None else self.mass[index]
         part.settle()
         return part
@@ -394,7 +390,7 @@ class HalfSteps(Step):
     """
 
     name = "half-steps"
-    #: iterations between two looks at the error; the first comes sooner, and so does the last, where it is foreseen
+    #: iterations between two looks at the error; the first comes sooner
     every = 4
 
     def __init__(self) -> None:
@@ -423,9 +419,9 @@ class HalfSteps(Step):
         aim: Hard = kind(state, goal, as_vector)
         u, v, sums = as_vector(torch.ones_like(state.rows)), as_vector(torch.ones_like(state.columns)), weights
         found, lacking = columns, _lacking(state, near)
-        done, seen, last, stop, spread, worst = 0, 0, most - 1, False, 0.0, math.inf
+        done, seen, stop, spread, worst = 0, 0, False, 0.0, math.inf
         while done < most and not stop:
-            look = done == 1 or done % self.every == self.every - 1 or done >= last
+            look = done == 1 or done % self.every == self.every - 1 or done == most - 1
             u, v = aim.raise_columns(u, v, columns, omega)
             sums = _sums(products, v, near)
             # where the error is looked at, f is exact as everywhere else
@@ -444,9 +440,6 @@ class HalfSteps(Step):
                 stop = check(state.iterations + done, worst)
                 pace.look(errors, done - seen)
                 seen, omega = done, pace.omega
-                if pace.ahead > 0 and state.tolerance > 0:
-                    left = math.log(max(worst, state.tolerance) / (MET * state.tolerance)) / pace.ahead
-                    last = min(most, done + math.ceil(left)) - 1
                 if not stop and not near and not model.exact and worst <= ROUNDED:
                     break
         state.move(as_tensor(v).log())

@@ -29,7 +29,7 @@ from ..potentials import Atoms
 from ..problem import NO_PAIR, Problem, lost_atom
 from .base import Progress, Solver, reporting
 from .cells import Correction, coarsened, levels
-from .halfsteps import MET, TRUST, Exact, HalfSteps, State, Step
+from .halfsteps import TRUST, Exact, HalfSteps, State, Step
 from .newton import Newton
 from .schedule import Schedule
 
@@ -145,7 +145,7 @@ class Sinkhorn(Solver):
             reason, counts = "max_iter", dict.fromkeys((Exact.name, HalfSteps.name, Newton.name), 0)
             for k, (eps, tolerance) in enumerate(stages):
                 last = k == len(stages) - 1
-                state.eps, state.slack, state.tolerance = eps, goal.slack_at(tolerance), tolerance
+                state.eps, state.slack = eps, goal.slack_at(tolerance)
                 watch = _Watch(state.largest, tolerance, last, goal.reach, problem.dtype, history, report)
                 self._stage(state, last, watch, counts, problem if _may_leave_no_plan(problem) else None)
                 reason = watch.reason
@@ -569,7 +569,7 @@ class _Watch:
     def peek(self, iteration: int, error: float) -> bool:
         """Between passes: whether the model says that a pass would find the goal reached."""
         self._note(iteration, error)
-        return error <= MET * self.tolerance
+        return error <= 0.5 * self.tolerance
 
     def _note(self, iteration: int, error: float) -> None:
         self.history.append((iteration, self.eps, error))
