@@ -20,7 +20,7 @@ from .bounds import Bounds, lower_bound
 from .costs import MatrixCost
 from .errors import InvalidProblem, Unsupported
 from .gaussian import GaussianPlan, couple
-from .kernels import COPIES, LN2, DenseKernel, LogKernel, make_kernel, weigh
+from .kernels import COPIES, LN2, DenseKernel, Laws, LogKernel, make_kernel, weigh
 from .linalg import Eps, along
 from .measures import Discrete, Gaussian, Measure, categorical
 from .memory import require_memory
@@ -113,6 +113,12 @@ class DiscreteCoupling(Coupling):
         left, right = phi.log_weights, psi.log_weights - log_z
         self._free, self._logs = (left, right), (left.detach(), right.detach())
         self._mu, self._nu = problem.mu, problem.nu
+        #: what a solver has left for the first caller that wants the whole plan, see `lend`
+        self._lent: Laws | None = None
+
+    def lend(self, laws: Laws | None) -> None:
+        """Conditional laws of this plan, which `plan` may make the plan in, once, and `linear_cost` read."""
+        self._lent = laws
 
     def _kernel(self) -> LogKernel:
         return make_kernel(self.problem.cost, *(site.detach() for site in self.problem.sites))
@@ -248,6 +254,9 @@ class DiscreteCoupling(Coupling):
 
     @torch.no_grad()
     def _plan(self, rows: Any) -> Tensor:
+        if rows is None and self._lent is not None:
+            lent, self._lent = self._lent, None
+            return lent.scaled(*lent.scales(*self._logs))
         kernel, (left, right), unit = self._whole, self._logs, self.eps * LN2
         index = None if rows is None else as_index(rows, self._mu.n, "rows", left.device)
         shape = (self._mu.n if index is None else len(index), self._nu.n)
@@ -427,6 +436,10 @@ class DiscreteCoupling(Coupling):
         total = torch.zeros(self.problem.batch_shape, dtype=torch.float64, device=self.problem.device)
         left, right = self._logs
         plain = not self.problem.may_forbid
+        if self._lent is not None and plain and isinstance(self.problem.cost, MatrixCost):
+            scales = self._lent.scales(left, right)
+            each = self._lent.laws * self.problem.cost.values.detach()
+            return (scales[0] * linalg.product(each, scales[1])).sum(-1).to(self.problem.dtype)
         for _, log2_p, c in self._tiles(left.double() / LN2, right.double() / LN2, self.eps * LN2):
             p = log2_p.exp2_()
             if not plain:

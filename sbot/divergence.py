@@ -269,7 +269,7 @@ def _pass(kernel: LogKernel, laws: Conditionals, bias: Tensor, eps: Eps) -> tupl
         return kernel.reduce(bias, eps)[0], False
     laws.open()
     seen = kernel.conditionals(bias, eps, torch.ones_like(bias), 0, laws.keep, laws.room)
-    return seen.lse, laws.close()
+    return seen.lse, laws.close(bias, seen.lse)
 
 
 def _as_any_other(problem: Problem, solver: Sinkhorn) -> _Self:

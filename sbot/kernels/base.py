@@ -211,13 +211,17 @@ class LogKernel(ABC):
         offset = self.offset(unit)
         return (lse if offset is None else lse.add_(offset)).mul_(LN2), avg
 
-    def _depth(self, bias: Tensor, eps: Eps) -> float:
-        """How many powers of two lie between any two logits at most."""
-        if not math.isfinite(self._range):
+    def depth(self, bias: Tensor, eps: Eps) -> float:
+        """How many powers of two lie between any two logits at most; atoms that have no part do not count."""
+        span = self._range
+        if not math.isfinite(span):
+            low, high = self.ends or (-self.bound(), self.bound())
+            span = high - low
+        if not math.isfinite(span):
             return math.inf
-        low, high = (float(end) for end in torch.aminmax(bias))
+        low, high = _ends(bias)
         least = float(eps.min()) if isinstance(eps, Tensor) else eps
-        return (high - low + self._range / least) / LN2
+        return (high - low + span / least) / LN2
 
     def bound(self) -> float:
         """No entry is larger, of either sign, as far as that is known, or quick to tell."""
@@ -228,9 +232,7 @@ class LogKernel(ABC):
         largest = self.bound()
         if not math.isfinite(largest):
             return False
-        low, high = (float(end) for end in torch.aminmax(bias))
-        if low == -math.inf:  # an atom that has no part
-            low = float(torch.where(bias == -torch.inf, high, bias).min())
+        low, high = _ends(bias)
         level = max(abs(low), abs(high))
         least = float(eps.min()) if isinstance(eps, Tensor) else eps
         return (level + largest / least) / LN2 <= -FLOOR[self.dtype] / 2
@@ -266,7 +268,7 @@ class LogKernel(ABC):
         column, offset = self.column(bias / LN2, unit), self.offset(unit)
         floor = FLOOR[self.dtype]
         flat = self._flat(bias, eps)
-        deep = not flat and self._depth(bias, eps) > -floor
+        deep = not flat and self.depth(bias, eps) > -floor
         given = not isinstance(power, Tensor) and power == 0
         with torch.no_grad(), linalg.full_precision():
             for rows in self.tiles():
@@ -316,6 +318,14 @@ class LogKernel(ABC):
                 scratch = self.buffer(size)
             z = self.logits(rows, column, unit, scratch[..., :size, :])
             yield rows, exp2(z.sub_(level[..., rows, None]))
+
+
+def _ends(bias: Tensor) -> tuple[float, float]:
+    """The least and the largest, of atoms that have a part."""
+    low, high = (float(end) for end in torch.aminmax(bias))
+    if low == -math.inf:
+        low = float(torch.where(bias == -torch.inf, high, bias).min())
+    return low, high
 
 
 def exp2(z: Tensor) -> Tensor:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
 
 from .. import linalg
-from .base import LogKernel
+from ..linalg import Eps
+from .base import FLOOR, LogKernel
 
 #: Entries smaller than this, of a row that sums to one, are left out.
 CUT = 1e-9
@@ -30,6 +31,24 @@ DOUBLE, DOUBLE_WHERE_FEW = 2**18, 2**21
 FEW, SHORT = 2**17, 2**12
 #: Bytes of an entry of the sparse form: two values in double precision and two column numbers.
 SPARSE_BYTES = 32
+
+
+class Laws(NamedTuple):
+    """Conditional laws ``K_ij = exp(bias_j - C_ij / eps - lse_i)`` that lack nothing, and what they were made with."""
+
+    laws: Tensor
+    bias: Tensor
+    lse: Tensor
+
+    def scales(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """``r, c`` with ``r_i K_ij c_j = exp(left_i + right_j - C_ij / eps)``."""
+        rows, columns = torch.exp(left + self.lse), torch.exp(right - self.bias)
+        # what has no weight is in neither
+        return torch.where(left == -torch.inf, 0.0, rows), torch.where(right == -torch.inf, 0.0, columns)
+
+    def scaled(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """``r_i K_ij c_j``, in the place of K."""
+        return self.laws.mul_(rows[..., None]).mul_(columns[..., None, :])
 
 
 @final
@@ -68,6 +87,7 @@ class Conditionals:
         self._rows: Tensor | None = None
         self._columns: Tensor | None = None
         self._arrays: _Arrays | None = None
+        self._made_with: tuple[Tensor, ...] = ()
         self.share = 1.0
 
     def like(self, kernel: LogKernel) -> Conditionals:
@@ -94,9 +114,17 @@ class Conditionals:
         """Memory in which a pass may make its tiles: fresh memory, and a copy, cost more than small problems."""
         return self.dense if self._in_place else None
 
+    def lent(self, kernel: LogKernel, eps: Eps) -> Laws | None:
+        """The laws of ``kernel`` themselves, where nothing is missing or raised; what is done to them is done to this."""
+        if not self.exact or self.dense is None or not self._made_with:
+            return None
+        laws = Laws(self.dense, *self._made_with)
+        return laws if kernel.depth(laws.bias, eps) <= -FLOOR[kernel.dtype] else None
+
     def open(self) -> None:
         """Forget what is kept; `keep` may be called for the new tiles."""
         self._rows = self._columns = self._arrays = None
+        self._made_with = ()
         # where few iterations are expected nearly all entries are something
         sparse = self.sparse_works and (self.dense is None or self.pairs > (DOUBLE_WHERE_FEW if self.few else SMALL))
         self._pieces, self._kept = ([] if sparse else None), 0
@@ -135,10 +163,10 @@ class Conditionals:
         row = torch.searchsorted(begins, torch.arange(len(values), device=self.device), right=True) - 1
         start[row, column] = values.to(start.dtype)
 
-    def close(self) -> bool:
-        """All tiles are in: whether there is anything to work with."""
+    def close(self, *made_with: Tensor) -> bool:
+        """All tiles are in, ``made_with`` this bias and lse: whether there is anything to work with."""
         if self._pieces is None:
-            self.share = 1.0
+            self.share, self._made_with = 1.0, made_with
             return self.dense is not None
         begins, index, values = (torch.cat(parts) for parts in zip(*self._pieces, strict=True))
         self._pieces = None

@@ -107,12 +107,15 @@ class State:
     def settle(self, keep_model: bool = True) -> None:
         """One pass: ``f = -lambda eps log sum_j b_j exp((g_j - C_ij) / eps)`` and the plan's masses at (f, g)."""
         lam = self.damp[0]
-        keep, room = None, None if self.model is None else self.model.room
+        keep, room = None, None
         self.known = False
-        # the smaller eps, the fewer entries: what had no room may have it at half the eps
-        if self.model is not None and keep_model and self.largest <= self.roomless / 2:
-            self.model.open()
-            keep = self.model.keep
+        if self.model is not None:
+            room = self.model.room
+            # the smaller eps, the fewer entries: what had no room may have it at half the eps
+            if keep_model and self.largest <= self.roomless / 2:
+                keep = self.model.keep
+            if keep is not None or room is not None:  # where a pass is made whatever becomes of it
+                self.model.open()
         bias, rows = self.log_b + self.g / self.unit, self.a
         if self.mass is None:
             seen = self.kernel.conditionals(bias, self.eps, rows, 1 - lam, keep, room)
@@ -124,7 +127,7 @@ class State:
             seen = self.kernel.conditionals(bias, self.eps, rows, 0, keep, room)
             self.passes += 1
         if self.model is not None and keep is not None:
-            self.known = self.model.close()
+            self.known = self.model.close(bias, seen.lse)
             self.roomless = self.roomless if self.known else self.largest
         f = -lam * self.unit * seen.lse
         if self.mass is not None:

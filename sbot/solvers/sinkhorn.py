@@ -17,6 +17,7 @@ from torch import Tensor
 from ..arrays import as_count, as_number, in_problem, refuse_forward_mode, wider
 from ..bridge import Bridge, Report
 from ..costs import MatrixCost
+from ..coupling import DiscreteCoupling
 from ..diffusion import Intractable
 from ..errors import InvalidProblem, NotConverged, NumericalError, PrecisionWarning
 from ..feasibility import by_potentials, reached
@@ -110,15 +111,7 @@ class Sinkhorn(Solver):
 
     def solve(self, problem: Problem, *, init: Bridge | None = None, progress: Any = None) -> Bridge:
         """Solve ``problem``, from the potentials of the bridge ``init`` where one is given."""
-        refusal = self.accepts(problem)
-        if refusal is not None:
-            raise InvalidProblem(f"Sinkhorn: {refusal}")
-        assert isinstance(problem.mu, Discrete) and isinstance(problem.nu, Discrete)
-        refuse_forward_mode(problem.mu.weights, problem.nu.weights)
-        start = time.perf_counter()
-        with torch.no_grad(), reporting(progress, "Sinkhorn") as report:
-            coarse = self._coarse(problem) if init is None else None
-            bridge = self._solve(problem, init, coarse, report, start)
+        bridge = self.solved(problem, init, progress)
         said = bridge.report
         if not said.converged:
             warnings.warn(
@@ -130,6 +123,20 @@ class Sinkhorn(Solver):
             )
         return bridge
 
+    def solved(
+        self, problem: Problem, init: Bridge | None = None, progress: Any = None, *, lend: bool = False
+    ) -> PotentialBridge:
+        """`solve` without its warning; with ``lend``, the whole plan, or its cost, is made of what the iterations leave."""
+        refusal = self.accepts(problem)
+        if refusal is not None:
+            raise InvalidProblem(f"Sinkhorn: {refusal}")
+        assert isinstance(problem.mu, Discrete) and isinstance(problem.nu, Discrete)
+        refuse_forward_mode(problem.mu.weights, problem.nu.weights)
+        start = time.perf_counter()
+        with torch.no_grad(), reporting(progress, "Sinkhorn") as report:
+            coarse = self._coarse(problem) if init is None else None
+            return self._solve(problem, init, coarse, report, start, lend)
+
     def _solve(
         self,
         problem: Problem,
@@ -137,6 +144,7 @@ class Sinkhorn(Solver):
         coarse: _Coarse | None,
         report: Callable[[Progress], None],
         start: float,
+        lend: bool = False,
     ) -> PotentialBridge:
         with torch.no_grad():
             state, stages, goal = self._prepare(problem, init if coarse is None else coarse.bridge)
@@ -168,7 +176,10 @@ class Sinkhorn(Solver):
             if problem.batch_shape
             else (),
         )
-        return PotentialBridge(problem, phi, psi, outcome)
+        bridge = PotentialBridge(problem, phi, psi, outcome)
+        if lend and state.model is not None and isinstance(bridge.coupling, DiscreteCoupling):
+            bridge.coupling.lend(state.model.lent(state.kernel, state.eps))
+        return bridge
 
     # ---- the parts -------------------------------------------------------------------------------------------------
 
@@ -291,7 +302,7 @@ class Sinkhorn(Solver):
         else:
             note = f"tolerance raised from {wanted:.1e} to {most:.1e}{where}, about what {name} can reach at this eps"
             if self.tol is not None:
-                warnings.warn(f"{note}; use {double}a larger eps, or tol=None", PrecisionWarning, stacklevel=6)
+                warnings.warn(f"{note}; use {double}a larger eps, or tol=None", PrecisionWarning, stacklevel=7)
         return _Goal(least, float((reach / slack).max()), slack, resolved, (note,))
 
     def _stage(self, state: State, last: bool, watch: _Watch, counts: dict[str, int], doubtful: Problem | None) -> None:

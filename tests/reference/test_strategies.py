@@ -137,7 +137,7 @@ def seen(monkeypatch):
 
         monkeypatch.setattr(owner, name, wrapped)
 
-    def model(known, self):
+    def model(known, self, *made_with):
         return "nothing" if not known else "sparse" if self.sparse else f"dense {str(self.dense.dtype)[6:]}"
 
     spy(Conditionals, "close", model)

@@ -180,7 +180,7 @@ def couple(
             assert isinstance(problem.mu, Discrete)
             whole = float(problem.mu.mass.detach().max())
             init = None if ask.warm is None else _start(problem, *ask.warm)
-            bridge = ask.solver(whole).solve(problem, init=init)
+            bridge = ask.solver(whole).solved(problem, init, None, lend=True)
     except InvalidProblem as fault:
         raise InvalidProblem(_in_their_words(str(fault))) from None
     assert isinstance(bridge, PotentialBridge)
