@@ -149,6 +149,32 @@ def _powers(p: float, power: float, x: Tensor, y: Tensor) -> Tensor:
     return distance if power == 1 else distance.pow(power)
 
 
+def _written_out(gaps: Tensor, p: float, power: float) -> Tensor:
+    """``(sum_k |g_k|^p)^(power / p)`` of ``(..., d)``, with derivatives of any order.
+
+    Where there are none of some order, at two points at one place or with one coordinate in common, the distance, or what this
+    coordinate contributes, is held as a constant.
+    """
+    if p == 2:
+        total = gaps.square().sum(-1)
+    elif p < 2:
+        total = _moving_power(gaps.abs(), p).sum(-1)
+    elif math.isinf(p):
+        total = gaps.abs().amax(-1)
+    else:
+        total = gaps.abs().pow(p).sum(-1)
+    q = power if math.isinf(p) else power / p
+    return total if q == 1 else _moving_power(total, q)
+
+
+def _moving_power(base: Tensor, q: float) -> Tensor:
+    """``base^q`` where it is positive; 0, and constant, where it is 0."""
+    if q == 1:
+        return base
+    positive = base > 0
+    return torch.where(positive, torch.where(positive, base, 1.0).pow(q), 0.0)
+
+
 class _Powers(torch.autograd.Function):
     """Powers of distances, with derivatives of any order; cdist has one.
 
@@ -171,12 +197,7 @@ class _Powers(torch.autograd.Function):
 
         def number(*moved: Tensor) -> Tensor:
             at_x, at_y = derivatives.filled((x, y), wanted, moved)
-            gaps = (at_x[..., :, None, :] - at_y[..., None, :, :]).abs()
-            if math.isinf(p):
-                return (grad * gaps.amax(-1).pow(power)).sum()
-            total = gaps.pow(p).sum(-1)
-            apart = total > 0
-            return (grad * torch.where(apart, torch.where(apart, total, 1.0).pow(power / p), 0.0)).sum()
+            return (grad * _written_out(at_x[..., :, None, :] - at_y[..., None, :, :], p, power)).sum()
 
         def stream() -> list[Tensor | None]:
             distance, slope = found, grad
@@ -190,7 +211,7 @@ class _Powers(torch.autograd.Function):
             ]
 
         wanted = ctx.needs_input_grad[2:]
-        entries = found.numel() * max(1, x.shape[-1] // 4)
+        entries = found.numel() * (1 + x.shape[-1] // 3)
         return None, None, *derivatives.of_number(number, (x, y), wanted, stream, grads, entries)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, final
 
@@ -20,7 +20,7 @@ from .bounds import Bounds, lower_bound
 from .costs import MatrixCost
 from .errors import InvalidProblem, Unsupported
 from .gaussian import GaussianPlan, couple
-from .kernels import COPIES, LN2, DenseKernel, Laws, LogKernel, make_kernel, weigh
+from .kernels import COPIES, LN2, DenseKernel, Laws, LogKernel, make_kernel, share_of, weigh
 from .linalg import Eps, along
 from .measures import Discrete, Gaussian, Measure, categorical
 from .memory import require_memory
@@ -129,12 +129,6 @@ class DiscreteCoupling(Coupling):
         return self._kernel()
 
     @property
-    def damp(self) -> tuple[Eps, Eps]:
-        """``rho / (rho + eps)`` of both sides, as they multiply potentials."""
-        unit = along(self.eps, 1)
-        return damping(self.problem.relax[0], unit), damping(self.problem.relax[1], unit)
-
-    @property
     def ceilings(self) -> tuple[Tensor, Tensor] | None:
         """``max f`` and ``max g`` of a partial plan, ``(*b, 1)``."""
         with torch.no_grad():
@@ -191,23 +185,29 @@ class DiscreteCoupling(Coupling):
 
     def dual_values(self) -> tuple[Tensor, Tensor]:
         """``f`` and ``g`` at the atoms; atoms of zero weight take the value of the c-transform, and padding 0."""
-        kernel, unit, tops = self._kernel(), along(self.eps, 1), self.ceilings
-        out = []
-        for side, (weights, here, there, damp) in enumerate(
-            zip((self._mu.weights, self._nu.weights), self._logs, self._logs[::-1], self.damp, strict=True)
-        ):
-            live = weights.detach() > 0
-            f = unit * (here - weights.detach().log())
+        with torch.no_grad():
+            return self._values(self._kernel(), self._logs, self.eps, self.ceilings)
+
+    def _values(
+        self, kernel: LogKernel, logs: tuple[Tensor, Tensor], eps: Eps, tops: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """`dual_values` from ``log a + f / eps`` and the like, with the derivatives of these."""
+        unit, out = along(eps, 1), []
+        for side, (measure, here, there) in enumerate(zip((self._mu, self._nu), logs, logs[::-1], strict=True)):
+            weights = measure.weights
+            live = weights > 0
+            known = live & (here > -torch.inf)
+            f = unit * (torch.where(known, here, 0.0) - torch.where(known, weights, 1.0).log())
             # an atom that forbidden pairs leave where it is
-            f = torch.where(live & (here == -torch.inf), torch.inf if tops is None else tops[side], f)
+            f = torch.where(known, f, torch.inf if tops is None else tops[side])
             if not bool(live.all()):
-                transform = (kernel if side == 0 else kernel.T).reduce(there, self.eps)[0]
-                other = -damp * unit * transform
+                transform = (kernel if side == 0 else kernel.T).reduce(there, eps)[0]
+                other = -damping(self.problem.relax[side], unit) * unit * transform
                 if tops is not None:
                     other = torch.minimum(other, tops[side])
                 f = torch.where(live, f, other)
-            out.append(f)
-        return self._mu.blank(out[0]), self._nu.blank(out[1])
+            out.append(measure.blank(f))
+        return out[0], out[1]
 
     def attached_values(self) -> tuple[Tensor, Tensor]:
         """`dual_values` that follow the data, up to a constant that is settled by ``<a, f> = <b, g>`` where all is hard.
@@ -216,14 +216,8 @@ class DiscreteCoupling(Coupling):
         """
         if not self._attached:
             return self.dual_values()
-        out, unit = [], along(self.problem.free_eps, 1)
-        for weights, log, value in zip(
-            (self._mu.weights, self._nu.weights), self._free, self.dual_values(), strict=True
-        ):
-            live = weights > 0
-            moving = unit * (log - torch.where(live, weights, 1.0).log())
-            out.append(torch.where(live & torch.isfinite(value), torch.where(live, moving, 0.0), value))
-        return self._settled(*out)
+        kernel = make_kernel(self.problem.cost, *self.problem.sites)
+        return self._settled(*self._values(kernel, self._free, self.problem.free_eps, self.moving_ceilings))
 
     def _settled(self, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         """With the constant that is free."""
@@ -243,13 +237,10 @@ class DiscreteCoupling(Coupling):
             if rows is not None:
                 index = as_index(rows, self._mu.n, "rows", left.device)
                 left, x = left[..., index], x[index] if not x.dtype.is_floating_point else x[..., index, :]
-            c, unit = self.problem.cost.matrix(x, y), along(self.problem.free_eps, 2)
-            if not self.problem.may_forbid:
-                return torch.exp(left[..., None] + right[..., None, :] - c / unit)
-            # an infinite cost over eps has no derivative, though its exponential has
-            allowed = torch.isfinite(c)
-            exponent = left[..., None] + right[..., None, :] - torch.where(allowed, c, 0.0) / unit
-            return torch.exp(torch.where(allowed, exponent, -torch.inf))
+            self._require_memory((left.shape[-1], right.shape[-1]), 3)
+            return _dense_plan(
+                left, right, self.problem.free_eps, self.problem.cost.matrix(x, y), self.problem.may_forbid
+            )
         return self._plan(rows)
 
     @torch.no_grad()
@@ -260,8 +251,7 @@ class DiscreteCoupling(Coupling):
         kernel, (left, right), unit = self._whole, self._logs, self.eps * LN2
         index = None if rows is None else as_index(rows, self._mu.n, "rows", left.device)
         shape = (self._mu.n if index is None else len(index), self._nu.n)
-        size = math.prod((*kernel.batch_shape, *shape)) * kernel.dtype.itemsize
-        require_memory(size, kernel.device, f"a dense plan of shape {shape}", "ask for plan(rows=...) in parts")
+        self._require_memory(shape)
         out = torch.empty((*kernel.batch_shape, *shape), dtype=kernel.dtype, device=kernel.device)
         # as a pass of the solver has it: its marginals are those that were solved for
         column, step = kernel.column(right / LN2, unit), next(kernel.tiles()).stop
@@ -272,6 +262,11 @@ class DiscreteCoupling(Coupling):
             level = level if offset is None else level + offset
             kernel.logits(part, column, unit, out[..., tile, :]).add_(level[..., None]).exp2_()
         return out
+
+    def _require_memory(self, shape: tuple[int, int], arrays: int = 1) -> None:
+        """`MemoryError` where so many arrays of the size of these rows of the plan do not fit."""
+        size = arrays * math.prod((*self.problem.batch_shape, *shape)) * torch.finfo(self.problem.dtype).bits // 8
+        require_memory(size, self.problem.device, f"a dense plan of shape {shape}", "ask for plan(rows=...) in parts")
 
     @property
     def ends(self) -> tuple[Measure, Measure]:
@@ -427,8 +422,9 @@ class DiscreteCoupling(Coupling):
 
     def linear_cost(self) -> Tensor:
         if self._attached and torch.is_grad_enabled():
-            c = self.problem.cost.matrix(*self.problem.sites)
-            return (self.plan() * torch.where(torch.isfinite(c), c, 0.0)).sum((-2, -1))
+            leaves = make_kernel(self.problem.cost, *self.problem.sites).leaves
+            value: Tensor = _Linear.apply(self, *self._free, self.problem.free_eps, *leaves)  # type: ignore[no-untyped-call]
+            return value
         return self._linear_cost()
 
     @torch.no_grad()
@@ -446,6 +442,36 @@ class DiscreteCoupling(Coupling):
                 c = torch.where(torch.isfinite(c), c, 0.0)
             total += torch.linalg.vecdot(p.flatten(-2), c.flatten(-2))
         return total.to(self.problem.dtype)
+
+    def _linear_gradients(
+        self, left: Tensor, right: Tensor, given: Tensor | None, grad: Tensor, wanted: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """Those of `_Linear` in both logarithms, eps and what the cost is made of, by tiles."""
+        to_leaves = wanted[3:]
+        rows_of, columns = torch.zeros_like(left, dtype=torch.float64), torch.zeros_like(right, dtype=torch.float64)
+        slope = torch.zeros(self.problem.batch_shape, dtype=torch.float64, device=left.device)
+        unit, scale = along(self.eps, 2), grad.double()[..., None, None]
+
+        def tiles() -> Iterator[tuple[slice, Tensor]]:
+            for rows, log_p, c in self._tiles(left, right):
+                c = torch.where(torch.isfinite(c), c, 0.0)
+                w = log_p.exp_().mul_(scale)
+                each = w * c
+                rows_of[..., rows] = each.sum(-1)
+                columns.add_(each.sum(-2))
+                slope.add_((each * c).sum((-2, -1)))
+                yield rows, w.sub_(each.div_(unit)).to(left)
+
+        kernel = self._kernel()
+        kernel.copies = COPIES  # tiles as those of `_tiles`
+        grads: tuple[Tensor | None, ...] = (None,) * len(to_leaves)
+        if any(to_leaves):
+            grads = kernel.pull_back(tiles(), to_leaves)
+        else:
+            for _ in tiles():
+                pass
+        in_eps = share_of(given, slope / self.eps, self.eps)
+        return [rows_of.to(left), columns.to(right), in_eps, *grads]
 
     @torch.no_grad()
     def gap(self) -> Tensor:
@@ -650,6 +676,49 @@ def _log_weights(weights: Tensor, potential: Tensor, eps: Eps) -> Tensor:
 def _finite(term: Tensor) -> Tensor:
     """Without what is infinite."""
     return torch.where(torch.isfinite(term), term, 0.0)
+
+
+def _dense_plan(left: Tensor, right: Tensor, eps: Eps, c: Tensor, may_forbid: bool) -> Tensor:
+    """``exp(left_i + right_j - C_ij / eps)``, with derivatives of any order."""
+    if not may_forbid:
+        return torch.exp(left[..., None] + right[..., None, :] - c / along(eps, 2))
+    # an infinite cost over eps has no derivative, though its exponential has
+    allowed = torch.isfinite(c)
+    exponent = left[..., None] + right[..., None, :] - torch.where(allowed, c, 0.0) / along(eps, 2)
+    return torch.exp(torch.where(allowed, exponent, -torch.inf))
+
+
+class _Linear(torch.autograd.Function):
+    """``<P, C>`` of attached potentials; the gradient of the cost is ``P_ij (1 - C_ij / eps)``."""
+
+    @staticmethod
+    def forward(coupling: DiscreteCoupling, left: Tensor, right: Tensor, eps: Eps, *leaves: Tensor) -> Tensor:
+        return coupling._linear_cost()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.coupling, left, right, eps, *leaves = inputs
+        ctx.eps = None if isinstance(eps, Tensor) else eps
+        ctx.save_for_backward(left, right, eps if ctx.eps is None else None, *leaves)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_vmap(grads[0], "the gradient of the linear cost")
+        left, right, given, *leaves = ctx.saved_tensors
+        inputs = [left, right, ctx.eps if given is None else given, *leaves]
+        wanted, coupling = ctx.needs_input_grad[1:], ctx.coupling
+        kernel = coupling._kernel()
+
+        def number(*moved: Tensor) -> Tensor:
+            left, right, eps, *leaves = derivatives.filled(inputs, wanted, moved)
+            c = kernel.on(leaves).entries(slice(None))
+            plan = _dense_plan(left, right, eps, c, coupling.problem.may_forbid)
+            return (grads[0] * (plan * torch.where(torch.isfinite(c), c, 0.0)).sum((-2, -1))).sum()
+
+        def stream() -> list[Tensor | None]:
+            return coupling._linear_gradients(left, right, given, grads[0], wanted)
+
+        return None, *derivatives.of_number(number, inputs, wanted, stream, grads, kernel.size)
 
 
 def _wants(part: Any) -> bool:

@@ -19,7 +19,7 @@ from .linalg import full_precision
 from .memory import lacking
 
 #: Arrays of the size of a plan that a graph of a first derivative holds, about.
-DENSE = 16
+DENSE = 24
 
 
 def pulled_back(function: Callable[..., Any], at: Sequence[Tensor], grads: Any) -> tuple[Tensor | None, ...]:

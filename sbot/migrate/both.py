@@ -87,14 +87,14 @@ class Both:
         self.note, self.returned = note, returned
         self.bindings = Bindings()
         self._here = threading.local()
-        solve = Sinkhorn.solve
+        solved = Sinkhorn.solved
 
-        @functools.wraps(solve)
+        @functools.wraps(solved)
         def counted(*args: Any, **kwargs: Any) -> Any:
             self._here.solves = getattr(self._here, "solves", 0) + 1
-            return solve(*args, **kwargs)
+            return solved(*args, **kwargs)
 
-        self.bindings.set(Sinkhorn, "solve", counted)
+        self.bindings.set(Sinkhorn, "solved", counted)
 
     def swap(self, library: str) -> None:
         """Put the swapped functions wherever the library has bound them."""

@@ -30,13 +30,13 @@ def run(script: Path, after: bool) -> tuple[dict[str, Any], float, Counter[str]]
     assert source.count(BEFORE) == 1, f"{script.name} imports ot {source.count(BEFORE)} times"
     source = source.replace(BEFORE, AFTER) if after else source
     reached: Counter[str] = Counter()
-    solve = Sinkhorn.solve
+    solved = Sinkhorn.solved
 
     def counted(solver: Any, *args: Any, **kwargs: Any) -> Any:
         reached["solves by sbot"] += 1
-        return solve(solver, *args, **kwargs)
+        return solved(solver, *args, **kwargs)
 
-    Sinkhorn.solve = counted  # type: ignore[method-assign]
+    Sinkhorn.solved = counted  # type: ignore[method-assign]
     names: dict[str, Any] = {"__name__": "__main__", "__file__": str(script)}
     start, here = time.process_time(), Path.cwd()
     os.chdir(script.parent)
@@ -44,7 +44,7 @@ def run(script: Path, after: bool) -> tuple[dict[str, Any], float, Counter[str]]
         exec(compile(source, str(script), "exec"), names)
     finally:
         os.chdir(here)
-        Sinkhorn.solve = solve  # type: ignore[method-assign]
+        Sinkhorn.solved = solved  # type: ignore[method-assign]
     return names, time.process_time() - start, reached
 
 

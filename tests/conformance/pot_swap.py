@@ -59,13 +59,13 @@ class Swap:
             importlib.import_module(f"ot.{module}")
         if self.mode == "pot":
             return self
-        solve = Sinkhorn.solve
+        solved = Sinkhorn.solved
 
         def counted(solver: Any, *args: Any, **kwargs: Any) -> Any:
             self.solves += 1
-            return solve(solver, *args, **kwargs)
+            return solved(solver, *args, **kwargs)
 
-        self._set(Sinkhorn, "solve", counted)
+        self._set(Sinkhorn, "solved", counted)
         if self.mode == "wrong":
             self._set(_solve.Solved, "plan", property(_independent))
             self._set(_solve.Solved, "linear", property(_independent_cost))

@@ -123,6 +123,85 @@ def test_every_cost(cost, name, generator):
     check(lambda *parts: answers(solve(cost, parts))[name], inputs, ways, level=(places, places + 1))
 
 
+GRID = torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 0.0], [0.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
+SMOOTH = {
+    "l2": (sbot.Lp(2), False),
+    "l2 squared": (sbot.Lp(2, power=2), True),
+    "l2^4": (sbot.Lp(2, power=4), True),
+    "l3 cubed": (sbot.Lp(3, power=3), True),
+    "l4": (sbot.Lp(4), False),
+    "quadratic": (sbot.Quadratic(), True),
+    "cosine": (sbot.Cosine(), True),
+}
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_points_on_a_grid(name, generator):
+    """Coordinates in common, and points in common where the cost is smooth there."""
+    cost, meets = SMOOTH[name]
+    x, y = GRID + 1, GRID[:4] + torch.tensor([1.0, 1.0 if meets else 1.5], dtype=torch.float64)
+    ways = [torch.rand(part.shape, generator=generator, dtype=torch.float64) - 0.5 for part in (x, y)]
+
+    def value(x, y):
+        bridge = sbot.solve_bridge(x, y, EPS, cost=cost, solver=TIGHT)
+        return bridge.cost() + bridge.differentiable().plan().square().sum()
+
+    check(value, [x, y], ways, tolerance=1e-5, step=1e-5)
+
+
+@pytest.mark.parametrize(
+    "cost", [sbot.Lp(1), sbot.Lp(1.5), sbot.Lp(2), sbot.Lp(math.inf, power=1.5), sbot.Lp(3, power=1.2)]
+)
+def test_kinks_are_held_and_finite(cost):
+    leaf = (GRID + 1).requires_grad_()
+    value = sbot.sinkhorn_divergence(leaf, GRID[:4] + 1, EPS, cost=cost)
+    (first,) = torch.autograd.grad(value, leaf, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), leaf)
+    assert bool(torch.isfinite(second).all())
+
+
+def test_potentials_where_there_is_no_weight(generator):
+    """They are c-transforms of what moves."""
+    (x, y, _, b, _), ways = data("quadratic", generator)
+    a = torch.tensor([0.3, 0.0, 0.3, 0.4, 0.0], dtype=torch.float64)
+    for options in ({}, {"relax": (1.0, 0.5)}, {"mass": 0.6}):
+
+        def value(x, y, options=options):
+            bridge = sbot.solve_bridge((x, a), (y, b), EPS, solver=TIGHT, **options)
+            f = bridge.differentiable().potentials()[0].values
+            return f.square().sum() + f[1]
+
+        check(value, [x, y], ways[:2], tolerance=1e-5)
+        leaf = x.clone().requires_grad_()
+        moved = float(torch.autograd.grad(value(leaf, y), leaf)[0][1].abs().max())
+        assert moved > 1e-3 or "mass" in options  # at the cap it moves with the others only
+
+
+@pytest.mark.parametrize("batch", [(), (2,)], ids=str)
+def test_the_linear_cost_streams(batch, generator, monkeypatch):
+    """Tile by tile the same derivatives as at once."""
+    inputs, _ = data("quadratic", generator, batch)
+    found = []
+    for size in (None, 200):
+        if size is not None:
+            monkeypatch.setattr("sbot.kernels.base.TILE_BYTES", size)
+        found.append(gradient(lambda *parts: answers(solve("quadratic", parts))["linear cost"], inputs)[1])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-14)
+
+
+def test_matrices_computed_once_or_by_tiles_are_the_same(generator, monkeypatch):
+    (x, y, a, b, _), _ = data("l1", generator)
+
+    def found():
+        leaf = x.clone().requires_grad_()
+        value = sbot.sinkhorn_divergence((leaf, a), (y, b), EPS, cost=sbot.Lp(1), solver=TIGHT)
+        return value.detach(), torch.autograd.grad(value, leaf)[0]
+
+    once = found()
+    monkeypatch.setattr("sbot.divergence.ONCE", 0)
+    torch.testing.assert_close(found(), once, rtol=1e-12, atol=1e-13)
+
+
 @pytest.mark.parametrize("name", ["plan", "potentials", "linear cost", "cost", "map"])
 def test_partial_plans(name, generator):
     inputs, ways = data("quadratic", generator)

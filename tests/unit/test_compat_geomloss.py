@@ -238,6 +238,8 @@ def test_bad_options(options):
 
 
 def test_bad_calls(sample):
+    with pytest.raises(sbot.InvalidProblem, match="int64"):
+        SamplesLoss()(torch.ones(3, 2, dtype=torch.int64), torch.ones(3, 2, dtype=torch.int64))
     a, x, b, y = sample
     loss = SamplesLoss()
     for args in [(x,), (x.numpy(), y), (x, y[:, :1]), (x[0], y), (a[:3], x, b, y), (a, x, b[None], y), (x[None], y)]:

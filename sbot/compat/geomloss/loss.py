@@ -221,6 +221,8 @@ def _unpacked(args: tuple[Any, ...]) -> tuple[tuple[Any, Any], Measures]:
     for name, part in given.items():
         if not isinstance(part, Tensor):
             raise InvalidProblem(f"{name} is {type(part).__name__}; give a tensor: torch.as_tensor({name})")
+        if not part.dtype.is_floating_point:
+            raise InvalidProblem(f"{name} has dtype {part.dtype}; give floating numbers: {name}.float()")
     if len(args) == 2:
         a, b = (torch.full(z.shape[:-1], 1 / max(z.shape[-2], 1)).to(z) if z.ndim > 1 else z for z in (x, y))
     return (l_x, l_y), (a, x, b, y)

@@ -108,6 +108,8 @@ def _tensor(x: Any, like: Tensor | None) -> Tensor:
         return x if x.dtype.is_floating_point or x.dtype.is_complex else x.to(torch.get_default_dtype())
     if hasattr(x, "to_numpy"):
         x = x.to_numpy()
+    if isinstance(x, np.ma.MaskedArray):
+        raise ValueError("a masked array is given, and masks are not looked at here; fill it first: x.filled(value)")
     if isinstance(x, np.ndarray) and x.size:
         return _from_numpy(x)
     if isinstance(x, (list, tuple, np.ndarray)):

@@ -65,14 +65,14 @@ def dist(
                 f"{name} has shape {tuple(points.shape)}; give two arrays of samples (n, d) with the same d"
             )
     if metric == "sqeuclidean" and all(_is_integer(points) for points in (x1, x1 if x2 is None else x2)):
-        whole = distances(x.double(), y.double(), metric).round()
-        return home.back(whole.long())
+        x, y = (torch.as_tensor(points).long() for points in (x1, x1 if x2 is None else x2))
+        return home.back(sum((a[:, None] - b) ** 2 for a, b in zip(x.T, y.T, strict=True)))
     return home.back(distances(x, y, metric))
 
 
 def _is_integer(points: Any) -> bool:
     if isinstance(points, Tensor):
-        return not (points.dtype.is_floating_point or points.dtype.is_complex)
+        return not (points.dtype.is_floating_point or points.dtype.is_complex or points.dtype == torch.bool)
     return isinstance(points, np.ndarray) and points.dtype.kind in "iu"
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...measures import Discrete
 from ._arrays import Home, enter
 from ._costs import dist, streamed
-from ._solve import Ask, Solved, balanced, couple, weights
+from ._solve import Ask, Solved, balanced, couple, strength, weights
 
 if TYPE_CHECKING:
     from .bregman import Call
@@ -58,7 +58,7 @@ def stream(
     relax: tuple[float, float] | None = None,
 ) -> tuple[Solved, float]:
     """Solve between points without a matrix; and the factor that the values take."""
-    ours = streamed(metric)
+    ours, reg = streamed(metric), strength(reg)
     scaled = None if relax is None else (relax[0] / ours.scale, relax[1] / ours.scale)
     return couple((x, a), (y, b), ours.cost, reg / ours.scale, ask, scaled), ours.scale
 
@@ -72,7 +72,7 @@ def _lazy(
     if call.warmstart is not None:
         u, v = (part.to(x) for part in enter(*call.warmstart)[1])
         warm = u, v
-    b, differ = balanced(a, b)
+    b, differ = balanced(a, b, call.warn)
     solved, scale = stream(x, y, a, b, reg, metric, Ask(call.stop, call.most, warm))
     solved.show(call.verbose)
     solved.complain(call.warn and not differ)
@@ -136,7 +136,7 @@ def divergence(
                 else enter(dist(home.back(p), home.back(q), metric=metric))[1][0]
             )
             solved, scale = part._solve(v, w, matrix, reg, part._warm(warm, matrix, reg)), 1.0
-            log = call.method.log(solved, home, float(reg)) if call.log else {}
+            log = call.method.log(solved, home, strength(reg)) if call.log else {}
         values.append(scale * (solved.linear if strict else solved.value))
         logs.append(log)
     left = (values[0] - (values[1] + values[2]) / 2).clamp(min=0)

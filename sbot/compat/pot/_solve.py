@@ -115,7 +115,19 @@ def check_matrix(M: Tensor) -> None:
         raise ValueError(f"M has shape {tuple(M.shape)}; give a cost matrix of shape (dim_a, dim_b)")
 
 
-def balanced(a: Tensor, b: Tensor) -> tuple[Tensor, bool]:
+def strength(reg: Any) -> Any:
+    """``reg`` as a number, or a tensor without dimensions where it wants a gradient; what is neither is left to the core."""
+    if isinstance(reg, (Tensor, np.ndarray)) and math.prod(reg.shape) == 1:
+        reg = reg.reshape(())
+    if isinstance(reg, Tensor) and reg.requires_grad and torch.is_grad_enabled():
+        return reg
+    try:
+        return float(reg)
+    except (TypeError, ValueError, RuntimeError):
+        return reg
+
+
+def balanced(a: Tensor, b: Tensor, warn: bool = True) -> tuple[Tensor, bool]:
     """``b`` with the mass of ``a``, which is where POT's iterations end too, and whether the masses really differed."""
     mass_a, mass_b = a.sum(dtype=torch.float64), b.sum(dtype=torch.float64)
     held_a, held_b = float(mass_a.detach()), float(mass_b.detach())
@@ -123,9 +135,9 @@ def balanced(a: Tensor, b: Tensor) -> tuple[Tensor, bool]:
     differ = apart > ROUNDING.get(torch.promote_types(a.dtype, b.dtype), 1e-2)
     if apart > 1e-15 and held_b > 0:
         b = b * (mass_a / mass_b).to(b.dtype)
-    if differ:
+    if differ and warn:
         warnings.warn(
-            f"a has the mass {held_a:.6g} and b {held_b:.6g}: no plan has both as marginals; "
+            f"a has the mass {held_a:.6g} and b {held_b:.6g}, {apart:.0e} apart: no plan has both as marginals; "
             "b was rescaled to the mass of a. Normalise them, or use ot.unbalanced.",
             stacklevel=_outside(),
         )
@@ -159,10 +171,18 @@ class Ask:
 
 
 def couple(
-    a: Any, b: Any, cost: Any, reg: Any, ask: Ask, relax: tuple[float, float] | None = None, mass: float | None = None
+    a: Any,
+    b: Any,
+    cost: Any,
+    reg: Any,
+    ask: Ask,
+    relax: tuple[float, float] | None = None,
+    mass: float | None = None,
+    warn: bool = True,
 ) -> Solved:
     """Solve between weights with a cost matrix, or between pairs (points, weights) with a cost."""
     partial: dict[str, Any] = {} if mass is None else {"mass": mass}
+    reg = strength(reg)
     if isinstance(reg, str):  # an "auto" of ours is none of theirs
         raise InvalidProblem(f"reg is the string {reg!r}; give a number > 0 in the units of M")
     try:
@@ -176,7 +196,8 @@ def couple(
                 if ending is None:
                     raise
                 problem = Problem.of(a, ending[0], reg, cost=ending[1])
-                warnings.warn(PARTED, stacklevel=_outside())
+                if warn:
+                    warnings.warn(PARTED, stacklevel=_outside())
             assert isinstance(problem.mu, Discrete)
             whole = float(problem.mu.mass.detach().max())
             init = None if ask.warm is None else _start(problem, *ask.warm)
@@ -213,6 +234,7 @@ WORDS = {
     r"\bnu\b": "b",
     r"\beps\b": "reg",
     r"cost=M\b": "M",
+    r"relax the marginals: relax=(\(rho_mu, rho_nu\))?": "use ot.unbalanced",
     r"relax=\(rho_mu, rho_nu\)": "ot.unbalanced",
     r"\brelax\b": "reg_m",
 }
@@ -241,14 +263,17 @@ class Solved:
         problem = self.bridge.problem
         assert isinstance(problem.mu, Discrete) and isinstance(problem.nu, Discrete)
         values = problem.cost.values if isinstance(problem.cost, MatrixCost) else None
-        if wants_gradient(problem.mu.weights, problem.nu.weights, values, problem.mu.points, problem.nu.points):
+        ends = problem.mu, problem.nu
+        parts = [*(end.weights for end in ends), *(end.points for end in ends), values, problem.eps_leaf, problem.mass]
+        if wants_gradient(*parts):
             return self.bridge.differentiable(unroll=self.unroll)
         return self.bridge
 
     @cached_property
     def plan(self) -> Tensor:
         plan: Tensor = self.following.plan()
-        return plan
+        # a caller may write into it, which would be in the way of its own derivatives
+        return plan.clone() if plan.requires_grad else plan
 
     @property
     def linear(self) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ._arrays import covers, enter, forwarder, pot
 from ._costs import distances
 from ._solve import DID_NOT_CONVERGE, Ask, _outside, couple
-from .solvers import GRADIENTS, _tracked, _unrolled, regularised
+from .solvers import GRADIENTS, _held, _tracked, _unrolled, regularised
 from .utils import OTResult
 
 __getattr__ = forwarder("batch")
@@ -70,7 +70,7 @@ def solve_batch(
     if M.ndim != 3 or 0 in M.shape:
         raise ValueError(f"M has shape {tuple(M.shape)}; give costs of shape (B, n, m)")
     a, b = _weights(a, M, 1, "a"), _weights(b, M, 2, "b")
-    M, a, b = _tracked(grad, M, a, b)
+    (M, a, b), reg = _tracked(grad, M, a, b), _held(grad, reg)
     solved = _unrolled(couple(a, b, M, reg, Ask(tol, max_iter)), grad)
     report = solved.report
     if not report.converged and report.error > tol:
@@ -93,7 +93,7 @@ def solve_batch(
         status="Converged" if report.converged else f"Not converged ({report.reason})",
         log={"n_iter": max(report.iterations - 1, 0)},
         parts={
-            "value": lambda: regularised(solved, a, b, float(reg), reg_type == "entropy", grad),
+            "value": lambda: regularised(solved, a, b, reg, reg_type == "entropy", grad),
             "value_linear": linear,
             "plan": plan,
             "potentials": potentials,

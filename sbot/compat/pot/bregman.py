@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...arrays import as_number
 from ._arrays import Home, covers, enter, forwarder, pot
 from ._empirical import (
     divergence,
     empirical_plan,
     empirical_value,
 )
-from ._solve import Ask, Solved, _outside, balanced, check_matrix, couple, is_strict, options, weights
+from ._solve import Ask, Solved, _outside, balanced, check_matrix, couple, is_strict, options, strength, weights
 
 __getattr__ = forwarder("bregman")
 
@@ -29,25 +28,25 @@ __getattr__ = forwarder("bregman")
 # ---- what the methods write into their logs ----------------------------------------------------------------------
 
 
-def _knopp(solved: Solved, home: Home, reg: float) -> dict[str, Any]:
+def _knopp(solved: Solved, home: Home, reg: Any) -> dict[str, Any]:
     u, v = solved.logs()
     log = {"err": solved.errors(home), "niter": max(solved.report.iterations - 1, 0)}
     return {**log, "u": home.back(u.exp()), "v": home.back(v.exp())}
 
 
-def _log(solved: Solved, home: Home, reg: float) -> dict[str, Any]:
+def _log(solved: Solved, home: Home, reg: Any) -> dict[str, Any]:
     u, v = solved.logs()
     log = {"err": solved.errors(home), "niter": max(solved.report.iterations - 1, 0)}
     logs = {"log_u": home.back(u), "log_v": home.back(v)}
     return {**log, **logs, "u": home.back(u.exp()), "v": home.back(v.exp())}
 
 
-def _green(solved: Solved, home: Home, reg: float) -> dict[str, Any]:
+def _green(solved: Solved, home: Home, reg: Any) -> dict[str, Any]:
     u, v = solved.logs()
     return {"n_iter": max(solved.report.iterations - 1, 0), "u": home.back(u.exp()), "v": home.back(v.exp())}
 
 
-def _stabilized(solved: Solved, home: Home, reg: float) -> dict[str, Any]:
+def _stabilized(solved: Solved, home: Home, reg: Any) -> dict[str, Any]:
     u, v = solved.logs()
     duals = (home.back(reg * u), home.back(reg * v))
     log = {"err": solved.errors(home), "n_iter": max(solved.report.iterations - 1, 0)}
@@ -55,7 +54,7 @@ def _stabilized(solved: Solved, home: Home, reg: float) -> dict[str, Any]:
     return {**log, **logs, "alpha": duals[0], "beta": duals[1], "warmstart": duals}
 
 
-def _scaling(solved: Solved, home: Home, reg: float) -> dict[str, Any]:
+def _scaling(solved: Solved, home: Home, reg: Any) -> dict[str, Any]:
     u, v = solved.logs()
     duals = (home.back(reg * u), home.back(reg * v))
     log = {"err": solved.errors(home), "niter": max(solved.report.iterations - 1, 0)}
@@ -67,7 +66,7 @@ class Method:
     """One of POT's methods: its log, whether warm starts are in cost units, and whether it takes several targets."""
 
     name: str
-    log: Callable[[Solved, Home, float], dict[str, Any]]
+    log: Callable[[Solved, Home, Any], dict[str, Any]]
     cost_units: bool = False
     several: bool = True
 
@@ -107,7 +106,7 @@ class Call:
     def run(self, a: Any, b: Any, M: Any, reg: Any) -> Any:
         home, (a, b, M) = enter([] if a is None else a, [] if b is None else b, M)
         check_matrix(M)
-        a = weights(a, M.shape[0], M, "a")
+        a, reg = weights(a, M.shape[0], M, "a"), strength(reg)
         if b.ndim == 2 and b.numel():
             return self._several(home, a, b, M, reg)
         b = weights(b, M.shape[1], M, "b")
@@ -115,11 +114,11 @@ class Call:
             return self._unregularised(home, a, b, M)
         solved = self._solve(a, b, M, reg, self._warm(self.warmstart, M, reg))
         out = home.back(solved.linear if self.value else solved.plan)
-        return (out, self.method.log(solved, home, float(reg))) if self.log else out
+        return (out, self.method.log(solved, home, reg)) if self.log else out
 
     def _solve(self, a: Tensor, b: Tensor, M: Tensor, reg: Any, warm: tuple[Tensor, Tensor] | None) -> Solved:
-        b, differ = balanced(a, b)
-        solved = couple(a, b, M, reg, Ask(self.stop, self.most, warm))
+        b, differ = balanced(a, b, self.warn)
+        solved = couple(a, b, M, reg, Ask(self.stop, self.most, warm), warn=self.warn)
         solved.show(self.verbose)
         solved.complain(self.warn and not differ)
         return solved
@@ -131,7 +130,7 @@ class Call:
             raise ValueError("warmstart must be a pair of arrays, of shapes (dim_a,) and (dim_b,)")
         u, v = (part.to(M) for part in enter(*start)[1])
         if self.method.cost_units:
-            u, v = u / as_number(reg, "reg"), v / as_number(reg, "reg")
+            u, v = u / reg, v / reg
         return u, v
 
     def _several(self, home: Home, a: Tensor, b: Tensor, M: Tensor, reg: Any) -> Any:
@@ -149,7 +148,7 @@ class Call:
         values = home.back(torch.stack([part.linear for part in parts]))
         if not self.log:
             return values
-        logs = [self.method.log(part, Home(False), float(reg)) for part in parts]
+        logs = [self.method.log(part, Home(False), reg) for part in parts]
         return values, {key: self._together(home, [log[key] for log in logs]) for key in self._keys(logs[0])}
 
     def _keys(self, log: dict[str, Any]) -> list[str]:

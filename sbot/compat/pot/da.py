@@ -127,14 +127,22 @@ class BaseTransport:
     def _labelled(self, cost: Tensor, ys: Any, yt: Any) -> Tensor:
         """Pairs of two known and different labels cost at least ``limit_max``, in units of the largest cost.
 
-        -1 is no label, and neither is NaN, as where targets of a regression are missing.
+        -1 is no label, and neither is NaN, as where targets of a regression are missing.  Where ``limit_max`` is infinite it is
+        the largest number of the dtype: products with a plan that has nothing there are 0, not NaN.
         """
         s, t = (torch.as_tensor(y).to(cost.device).flatten() for y in (ys, yt))
         there = [(y != MISSING_LABEL) & ~torch.isnan(y) for y in (s, t)]
         known = there[0][:, None] & there[1]
         apart = known & (s[:, None] != t)
-        limit = self.limit_max if math.isinf(self.limit_max) else float(self.limit_max) * float(cost.detach().max())
+        most = torch.finfo(cost.dtype).max
+        limit = most if math.isinf(self.limit_max) else float(self.limit_max) * float(cost.detach().max())
         return torch.where(apart, cost.clamp(min=limit), cost)
+
+    @property
+    def _forbidding(self) -> Any:
+        """``cost_`` with infinities where labels keep apart."""
+        home, (cost,) = enter(self.cost_)
+        return home.back(torch.where(cost == torch.finfo(cost.dtype).max, math.inf, cost))
 
     def fit_transform(self, Xs: Any = None, ys: Any = None, Xt: Any = None, yt: Any = None) -> Any:
         """`fit`, then `transform` of the same samples."""
@@ -240,7 +248,7 @@ class SinkhornTransport(BaseTransport):
         returned = sinkhorn(
             self.mu_s,
             self.mu_t,
-            self.cost_,
+            self._forbidding,
             self.reg_e,
             method=self.method,
             numItermax=self.max_iter,
@@ -309,7 +317,7 @@ class UnbalancedSinkhornTransport(BaseTransport):
         returned = sinkhorn_unbalanced(
             self.mu_s,
             self.mu_t,
-            self.cost_,
+            self._forbidding,
             self.reg_e,
             self.reg_m,
             method=self.method,
@@ -355,7 +363,7 @@ class SinkhornLpl1Transport(BaseTransport):
             self.mu_s,
             ys,
             self.mu_t,
-            self.cost_,
+            self._forbidding,
             self.reg_e,
             eta=self.reg_cl,
             numItermax=self.max_iter,

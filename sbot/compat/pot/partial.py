@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ._arrays import covers, enter, forwarder
-from ._solve import Ask, _outside, check_matrix, couple, weights
+from ._solve import Ask, _outside, check_matrix, couple, strength, weights
 
 __getattr__ = forwarder("partial")
 
@@ -60,6 +60,7 @@ def _partial(a: Any, b: Any, M: Any, reg: Any, m: Any, most: int, stop: float, v
     home, (a, b, M) = enter(a, b, M)
     check_matrix(M)
     a, b = weights(a, M.shape[0], M, "a"), weights(b, M.shape[1], M, "b")
+    reg = strength(reg)
     least = min(float(a.detach().double().sum()), float(b.detach().double().sum()))
     mass = least if m is None else float(m)
     if mass < 0:

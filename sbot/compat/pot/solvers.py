@@ -14,7 +14,7 @@ from torch import Tensor
 from ._arrays import covers, enter, forwarder, pot
 from ._costs import dist
 from ._empirical import LazyPlan, points, stream
-from ._solve import Ask, Solved, balanced, check_matrix, couple, is_strict, weights
+from ._solve import Ask, Solved, balanced, check_matrix, couple, is_strict, strength, weights
 from .unbalanced import pair, relaxed
 from .utils import OTResult
 
@@ -110,7 +110,7 @@ def solve(
     a, b = weights(a, M.shape[0], M, "a"), weights(b, M.shape[1], M, "b")
     reference = c if c.numel() else None
     entropic = reg_type.lower() == "entropy"
-    (M, a, b), steps = _tracked(grad, M, a, b), _most(max_iter, grad)
+    (M, a, b), reg, steps = _tracked(grad, M, a, b), _held(grad, reg), _most(max_iter, grad)
     warm = _start(potentials_init, M)
     ask = Ask(1e-9 if tol is None else tol, steps, warm)
     if unbalanced is not None:
@@ -143,7 +143,7 @@ def solve(
         report=solved.report,
         status=_status(solved),
         parts={
-            "value": lambda: regularised(solved, a, b, float(reg), entropic, grad),
+            "value": lambda: regularised(solved, a, b, reg, entropic, grad),
             "value_linear": lambda: _attached(linear(), grad),
             "plan": lambda: _attached(solved.plan, grad),
             "potentials": lambda: tuple(_attached(log, grad) for log in solved.logs()),
@@ -151,7 +151,7 @@ def solve(
     )
 
 
-def regularised(solved: Solved, a: Tensor, b: Tensor, reg: float, entropic: bool, grad: str) -> Tensor:
+def regularised(solved: Solved, a: Tensor, b: Tensor, reg: Any, entropic: bool, grad: str) -> Tensor:
     """``<P, M> + reg sum P log(P / ab)``, or with ``sum P log P``; in terms of sbot's value, which has mass terms."""
     whole = solved.bridge.cost() if grad in ("envelope", "last_step") else solved.value
     mass_a, mass_b = a.sum(-1), b.sum(-1)
@@ -165,6 +165,11 @@ def _tracked(grad: str, *tensors: Tensor) -> tuple[Tensor, ...]:
     if grad not in GRADIENTS:
         raise ValueError(f"Unknown grad={grad}, must be in {list(GRADIENTS)}")
     return tuple(t.detach() for t in tensors) if grad == "detach" else tensors
+
+
+def _held(grad: str, reg: Any) -> Any:
+    """``reg`` with the derivatives that ``grad`` leaves it."""
+    return strength(reg.detach() if grad == "detach" and isinstance(reg, Tensor) else reg)
 
 
 def _attached(tensor: Tensor, grad: str) -> Tensor:
@@ -299,7 +304,7 @@ def _streamed(X_a: Any, X_b: Any, a: Any, b: Any, given: dict[str, Any]) -> OTRe
             raise ValueError(f"{name} needs a matrix; give lazy=False")
     home, x, y, v, w = points(X_a, X_b, a, b)
     grad, reg, entropic = given["grad"], given["reg"], given["reg_type"].lower() == "entropy"
-    x, y, v, w = _tracked(grad, x, y, v, w)
+    (x, y, v, w), reg = _tracked(grad, x, y, v, w), _held(grad, reg)
     tol = given["tol"]
     ask = Ask(1e-9 if tol is None else tol, _most(given["max_iter"], grad), _start(given["potentials_init"], x))
     rho = None if given["unbalanced"] is None else pair(given["unbalanced"])
@@ -313,7 +318,7 @@ def _streamed(X_a: Any, X_b: Any, a: Any, b: Any, given: dict[str, Any]) -> OTRe
     def value() -> Tensor:
         if rho is not None:
             return scale * solved.value
-        return scale * regularised(solved, v, w, float(reg) / scale, entropic, grad)
+        return scale * regularised(solved, v, w, reg / scale, entropic, grad)
 
     def potentials() -> tuple[Tensor, ...]:
         logs = solved.logs()

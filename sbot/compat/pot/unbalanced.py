@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import Unsupported
 from ._arrays import Home, covers, enter, forwarder
-from ._solve import Ask, Solved, _outside, balanced, check_matrix, couple, is_strict, options, weights
+from ._solve import Ask, Solved, _outside, balanced, check_matrix, couple, is_strict, options, strength, weights
 
 __getattr__ = forwarder("unbalanced")
 
@@ -35,7 +36,7 @@ class Relaxed:
     M: Tensor
     a: Tensor
     b: Tensor
-    reg: float
+    reg: Any
     reg_m: tuple[float, float]
     c: Tensor | None
     entropic: bool
@@ -88,6 +89,8 @@ def _log_reference(c: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
 def pair(reg_m: Any) -> tuple[float, float]:
     """The two strengths from a number or one or two of them."""
     values = [reg_m] if isinstance(reg_m, (int, float)) else list(reg_m) if getattr(reg_m, "ndim", 1) else [reg_m]
+    if any(isinstance(value, Tensor) and value.requires_grad for value in values) and torch.is_grad_enabled():
+        raise Unsupported("reg_m wants a gradient, which is not known here; give reg_m.detach(), or keep POT")
     if len(values) not in (1, 2):
         raise ValueError(f"reg_m has {len(values)} entries; give a number, or one or two of them")
     numbers = [float(value.detach() if isinstance(value, Tensor) else value) for value in values]
@@ -98,7 +101,7 @@ def relaxed(
     a: Tensor, b: Tensor, M: Tensor, reg: Any, reg_m: tuple[float, float], c: Tensor | None, entropic: bool, ask: Ask
 ) -> Relaxed:
     """Solve the problem with reference c, ``a x b`` where it is None, or 1 where ``entropic``."""
-    hard = min(reg_m) == math.inf
+    hard, reg = min(reg_m) == math.inf, strength(reg)
     cost = M
     if c is not None or entropic:
         if c is not None and c.shape != M.shape:
@@ -112,7 +115,7 @@ def relaxed(
     if ask.warm is not None:
         ask = Ask(ask.stop, ask.iterations, (ask.warm[0] + a.log(), ask.warm[1] + b.log()), ask.goal)
     solved = couple(a, b, cost, reg, ask, None if hard else reg_m)
-    return Relaxed(solved, M, a, b, float(reg), reg_m, c, entropic)
+    return Relaxed(solved, M, a, b, reg, reg_m, c, entropic)
 
 
 @dataclass(frozen=True)

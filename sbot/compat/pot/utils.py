@@ -41,6 +41,12 @@ def _median(c: Tensor) -> Tensor:
     return (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
 
 
+def _constant(part: Any) -> Any:
+    if isinstance(part, tuple):
+        return tuple(_constant(each) for each in part)
+    return part.detach() if isinstance(part, Tensor) else part
+
+
 class OTResult:
     """What ``ot.solve`` and its like return: values, plan and potentials, each computed when it is first asked for.
 
@@ -61,8 +67,8 @@ class OTResult:
         self._parts = parts
 
     def __getstate__(self) -> dict[str, Any]:
-        """With all parts made, and without what makes them: as results are sent between processes."""
-        made = {name: getattr(self, name) for name in ("value", "value_linear", "plan", "potentials")}
+        """With all parts made, as constants, and without what makes them: as results are copied, or sent between processes."""
+        made = {name: _constant(getattr(self, name)) for name in ("value", "value_linear", "plan", "potentials")}
         return {**self.__dict__, **made, "_parts": {}}
 
     def _get(self, name: str) -> Any:

@@ -51,7 +51,7 @@ class Swap:
     def __enter__(self) -> Swap:
         modules = [importlib.import_module(name) for name in MODULES]
         self._theirs = vars(modules[1])["OTPlanSampler"]
-        self._count(Sinkhorn, "solve", "Sinkhorn.solve")
+        self._count(Sinkhorn, "solved", "Sinkhorn.solve")
         self._count(optimal_transport, "match", "match")
         if self.mode == "torchcfm":
             return self
