@@ -224,7 +224,9 @@ class DiscreteCoupling(Coupling):
         if self.problem.relax == (math.inf, math.inf):
             a, b = self._mu.weights, self._nu.weights
             if (s := self.problem.mass) is None:
-                shift = ((b * g).sum(-1) / b.sum(-1) - (a * f).sum(-1) / a.sum(-1)) / 2
+                # an atom of zero weight that nothing reaches has an infinite potential, and no part in this
+                means = [(w * torch.where(w > 0, p, 0.0)).sum(-1) / w.sum(-1) for w, p in ((a, f), (b, g))]
+                shift = (means[1] - means[0]) / 2
             else:
                 shift = (support(g, b, s) - support(f, a, s)) / s.to(f) / 2
             f, g = f + shift[..., None], g - shift[..., None]

@@ -219,3 +219,31 @@ def test_derivative_in_eps_beside_an_atom_that_stays(flipped):
     eps = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
     (slope,) = torch.autograd.grad(value(eps), eps)
     assert float(slope) == pytest.approx(float(value(0.1001) - value(0.0999)) / 2e-4, rel=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"relax": 1.0}, {"mass": 0.5}], ids=str)
+def test_no_weight_and_no_pair(options, generator):
+    """Such an atom changes nothing: not the value, nor any derivative of it, nor of the potentials of others."""
+    matrix = torch.rand(4, 5, generator=generator, dtype=torch.float64)
+    a, b = weights(4, generator=generator), weights(5, generator=generator)
+    a[2] = 0
+    a = a / a.sum()
+    kept = [0, 1, 3]
+    closed = matrix.clone()
+    closed[2] = torch.inf
+    found = []
+    for c, w in ((closed, a), (matrix[kept], a[kept])):
+        leaf = c.clone().requires_grad_()
+        bridge = sbot.solve_bridge(w, b, 0.3, cost=leaf, solver=sbot.Sinkhorn(tol=1e-13), **options)
+        numbers = [bridge.cost(), bridge.differentiable().cost(), bridge.differentiable().linear_cost()]
+        f = bridge.differentiable().potentials()[0].values
+        numbers.append((f if c is not closed else f[kept]).square().sum())
+        row = []
+        for number in numbers:
+            (first,) = torch.autograd.grad(number, leaf, create_graph=True)
+            (second,) = torch.autograd.grad(first.square().sum(), leaf)
+            row += [number.detach()] + [
+                part.detach() if c is not closed else part.detach()[kept] for part in (first, second)
+            ]
+        found.append(row)
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-11)
