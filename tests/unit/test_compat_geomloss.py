@@ -238,6 +238,8 @@ def test_bad_options(options):
 
 
 def test_bad_calls(sample):
+    with pytest.raises(sbot.InvalidProblem, match=r"float32 and y torch\.float64"):
+        SamplesLoss()(torch.ones(3, 2), torch.ones(3, 2, dtype=torch.float64))
     with pytest.raises(sbot.InvalidProblem, match="int64"):
         SamplesLoss()(torch.ones(3, 2, dtype=torch.int64), torch.ones(3, 2, dtype=torch.int64))
     a, x, b, y = sample

@@ -234,6 +234,8 @@ def _check_shapes(labels: tuple[Any, Any], a: Tensor, x: Tensor, b: Tensor, y: T
         raise InvalidProblem(
             f"x has shape {tuple(x.shape)} and y {tuple(y.shape)}; give (N, D) and (M, D), or (B, N, D) and (B, M, D)"
         )
+    if x.dtype != y.dtype:
+        raise InvalidProblem(f"x has dtype {x.dtype} and y {y.dtype}; give both the same: y.to(x)")
     if x.shape[-1] != y.shape[-1] or x.shape[:-2] != y.shape[:-2]:
         raise InvalidProblem(
             f"x has shape {tuple(x.shape)} and y {tuple(y.shape)}; give both the same batch and dimension"
