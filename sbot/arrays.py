@@ -68,6 +68,11 @@ def _refuse(obj: Any, name: str) -> None:
         raise InvalidProblem(f"{name} is a {kind} of tensors; pass torch.stack({name})")
 
 
+def transformed() -> bool:
+    """Whether a transform of torch.func is at work."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def as_array(values: Any) -> Any:
     """The numbers of a tensor as an array, without copies where it can be; inside torch.func.grad and its like too."""
     if not isinstance(values, Tensor):
@@ -75,7 +80,7 @@ def as_array(values: Any) -> Any:
     while _functorch.is_gradtrackingtensor(values):
         values = _functorch.get_unwrapped(values)
     # a transform would wrap whatever is made of a tensor, and what it wraps has no memory
-    with torch._C._DisableFuncTorch() if torch._C._are_functorch_transforms_active() else nullcontext():
+    with torch._C._DisableFuncTorch() if transformed() else nullcontext():
         return values.detach().cpu().numpy()
 
 

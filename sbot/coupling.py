@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import derivatives, implicit, linalg
-from .arrays import as_index, refuse_vmap
+from .arrays import as_index, refuse_vmap, transformed
 from .bounds import Bounds, lower_bound
 from .costs import MatrixCost
 from .errors import InvalidProblem, Unsupported
@@ -449,7 +449,6 @@ class DiscreteCoupling(Coupling):
         self, left: Tensor, right: Tensor, given: Tensor | None, grad: Tensor, wanted: Sequence[bool]
     ) -> list[Tensor | None]:
         """Those of `_Linear` in both logarithms, eps and what the cost is made of, by tiles."""
-        to_leaves = wanted[3:]
         rows_of, columns = torch.zeros_like(left, dtype=torch.float64), torch.zeros_like(right, dtype=torch.float64)
         slope = torch.zeros(self.problem.batch_shape, dtype=torch.float64, device=left.device)
         unit, scale = along(self.eps, 2), grad.double()[..., None, None]
@@ -466,12 +465,7 @@ class DiscreteCoupling(Coupling):
 
         kernel = self._kernel()
         kernel.copies = COPIES  # tiles as those of `_tiles`
-        grads: tuple[Tensor | None, ...] = (None,) * len(to_leaves)
-        if any(to_leaves):
-            grads = kernel.pull_back(tiles(), to_leaves)
-        else:
-            for _ in tiles():
-                pass
+        grads = kernel.pulled(tiles(), wanted[3:])
         in_eps = share_of(given, slope / self.eps, self.eps)
         return [rows_of.to(left), columns.to(right), in_eps, *grads]
 
@@ -736,10 +730,10 @@ class _Value(torch.autograd.Function):
 
     @staticmethod
     def forward(coupling: DiscreteCoupling, kept: list[Any], f: Tensor, g: Tensor, *inputs: Any) -> Tensor:
-        if derivatives.transformed():
+        if transformed():
             return coupling.envelope(f, g, *inputs)
         with torch.enable_grad():
-            own = [part.detach().requires_grad_(part.requires_grad) if _wants(part) else part for part in inputs]
+            own = [part.detach().requires_grad_() if _wants(part) else part for part in inputs]
             value = coupling.envelope(f, g, *own)
         kept += [own, value]
         return value.detach()

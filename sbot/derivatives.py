@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
 
+from .arrays import transformed
 from .errors import Unsupported
 from .linalg import full_precision
 from .memory import lacking
@@ -93,11 +94,6 @@ def _graph_wanted(parts: Sequence[Tensor]) -> bool:
     # torch.func enables gradients in any backward pass; a graph is of use to the transforms beneath this one
     beneath = [functorch.get_unwrapped(part) for part in parts if functorch.is_gradtrackingtensor(part)]
     return any(part.requires_grad or functorch.is_functorch_wrapped_tensor(part) for part in beneath)
-
-
-def transformed() -> bool:
-    """Whether a transform of torch.func is at work."""
-    return torch._C._are_functorch_transforms_active()
 
 
 class _Refused(torch.autograd.Function):

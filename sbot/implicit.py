@@ -213,7 +213,7 @@ class _Potentials(torch.autograd.Function):
 
         def stream() -> list[Tensor | None]:
             with linalg.full_precision():
-                return _streamed(ctx.kernel, ctx.relax, (f, g), inputs, grad_f, grad_g)
+                return _streamed(ctx.kernel, ctx.relax, (f, g), inputs, grad_f, grad_g, wanted)
 
         found = derivatives.of_number(number, inputs, wanted, stream, (grad_f, grad_g), ctx.kernel.size)
         return None, None, None, None, *found
@@ -226,6 +226,7 @@ def _streamed(
     inputs: Sequence[Any],
     grad_f: Tensor,
     grad_g: Tensor,
+    wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     """The gradients in eps, a, b, the mass and the leaves of the cost, by tiles."""
     (f, g), (given, a, b, mass, *leaves) = potentials, inputs
@@ -257,7 +258,7 @@ def _streamed(
                 slope.add_((w.sum(-1) * f[..., rows]).sum(-1) + (w.sum(-2) * g).sum(-1) - kernel.inner(rows, w))
             yield rows, w
 
-    grads = kernel.pull_back(tiles())
+    grads = kernel.pulled(tiles(), wanted[4:])
     return [share_of(given, slope, eps), over_a, over_b, over_mass, *grads]
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import derivatives, linalg
-from ..arrays import refuse_vmap
+from ..arrays import refuse_vmap, transformed
 from ..linalg import Eps, along
 
 #: Bytes of one tile: on a CPU small enough to stay in cache, on an accelerator large enough to fill it.
@@ -114,6 +114,14 @@ class LogKernel(ABC):
     ) -> tuple[Tensor | None, ...]:
         """Gradients in the leaves that are ``wanted``, given the gradient in C as tiles of rows (consumed one at a time)."""
 
+    def pulled(self, tiles: Iterator[tuple[slice, Tensor]], wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
+        """`pull_back`, and the tiles for what else they are made of where no leaf is wanted."""
+        if any(wanted):
+            return self.pull_back(tiles, wanted)
+        for _ in tiles:
+            pass
+        return (None,) * len(wanted)
+
     def scale(self) -> tuple[Tensor, Tensor]:
         """Mean and largest of ``|C|`` over the finite entries (the largest may be an upper bound), ``(*b,)``."""
         total = torch.zeros(self.batch_shape, dtype=torch.float64, device=self.device)
@@ -192,7 +200,7 @@ class LogKernel(ABC):
         unit = eps * LN2
         column = self.column(bias / LN2, unit)
         many = self.device.type == "cpu" and math.prod(self.batch_shape) * n * self.shape[1] >= MANY
-        flat = many and not derivatives.transformed() and self._flat(bias, eps)
+        flat = many and not transformed() and self._flat(bias, eps)
         for rows in self.tiles():
             size = rows.stop - rows.start
             if scratch is None or scratch.shape[-2] < size:
@@ -423,12 +431,7 @@ def _streamed(
                 d_eps.sub_(kernel.inner(rows, w))
             yield rows, w
 
-    if any(to_leaves):
-        grads = kernel.pull_back(tiles(), to_leaves)
-    else:
-        grads = (None,) * len(to_leaves)
-        for _ in tiles():  # for what else they are made of
-            pass
+    grads = kernel.pulled(tiles(), to_leaves)
     return [share_of(given, d_eps, eps), d_bias, d_values, *grads]
 
 

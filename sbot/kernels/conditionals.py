@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import linalg
+from ..arrays import transformed
 from ..linalg import Eps
 from .base import FLOOR, LogKernel
 
@@ -191,7 +192,7 @@ class Conditionals:
         They are those of arrays where few entries are in double precision on the CPU: an operation on few numbers costs a tensor
         several times what it costs an array.  Else the model itself.
         """
-        if self.batch_shape or self.device.type != "cpu" or torch._C._are_functorch_transforms_active():
+        if self.batch_shape or self.device.type != "cpu" or transformed():
             return self, same, same
         if self._rows is not None and self._columns is not None:
             if len(self._rows.values()) > FEW or max(self.shape) > SHORT:

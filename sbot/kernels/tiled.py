@@ -10,8 +10,9 @@ from typing import final
 import torch
 from torch import Tensor
 
+from ..arrays import transformed
 from ..costs import Cost, augmented
-from ..derivatives import pulled_back, transformed
+from ..derivatives import pulled_back
 from ..linalg import Eps, along
 from .base import LogKernel
 

@@ -201,7 +201,7 @@ def couple(
             assert isinstance(problem.mu, Discrete)
             whole = float(problem.mu.mass.detach().max())
             init = None if ask.warm is None else _start(problem, *ask.warm)
-            bridge = ask.solver(whole).solved(problem, init, None, lend=True)
+            bridge = ask.solver(whole).solved(problem, init, lend=True)
     except InvalidProblem as fault:
         raise InvalidProblem(_in_their_words(str(fault))) from None
     assert isinstance(bridge, PotentialBridge)
