@@ -11,7 +11,7 @@ from scipy.optimize import linprog
 
 import sbot
 from sbot.costs import MatrixCost
-from sbot.feasibility import by_pattern, by_potentials
+from sbot.feasibility import by_pattern, by_potentials, limit
 from sbot.kernels import make_kernel
 
 from ..conftest import clouds, half_squares
@@ -188,3 +188,17 @@ def test_potentials_prove_nothing_where_there_is_room(generator):
     f = torch.tensor([5.0, 6.0, 7.0, 1.0, 2.0, 3.0], dtype=F64)
     found = by_potentials(kernel, f, heavy, a, None, 1e-8)
     assert found is not None and found.here == (0, 1, 2) and found.there == (0, 1, 2)
+
+
+def test_where_half_steps_end():
+    """Four atoms fill two columns to twice their weight; the other two send nothing there, though they may."""
+    allowed = torch.ones(6, 6, dtype=torch.bool)
+    allowed[:4, 2:] = allowed[4:, 0] = False
+    w = torch.full((6,), 1 / 6, dtype=torch.float64)
+    found = limit(allowed, w, w)
+    torch.testing.assert_close(found.factor, torch.tensor([2, 2, 0.5, 0.5, 0.5, 0.5], dtype=torch.float64))
+    kept = allowed.clone()
+    kept[4:, 1] = False
+    assert torch.equal(found.kept, kept)
+    allowed[:, 3] = False
+    assert limit(allowed, w, w) is None
