@@ -307,12 +307,12 @@ class DiscreteCoupling(Coupling):
         """
         inputs = self._inputs()
         if not torch.is_grad_enabled() or not any(map(_wants, inputs)):
-            return self.envelope(*self.dual_values(), *inputs)
+            return self._dual_at(*self.dual_values(), inputs)[0]
+        once = None
         if not self._attached and (empty := self._empty_wanted()) is not None:
-            why = f"the cost has first derivatives only where {empty}; drop these atoms"
-            return self.envelope(*self.dual_values(), *derivatives.once(inputs, why))
-        f, g = self.attached_values() if self._attached else self._following()
-        value: Tensor = _Value.apply(self, [], f, g, *inputs)  # type: ignore[no-untyped-call]
+            once = f"the cost has first derivatives only where {empty}; drop these atoms"
+        f, g = self.dual_values() if once else self.attached_values() if self._attached else self._following()
+        value: Tensor = _Value.apply(self, once, [], f, g, *inputs)  # type: ignore[no-untyped-call]
         return value
 
     def _following(self) -> tuple[Tensor, Tensor]:
@@ -349,37 +349,58 @@ class DiscreteCoupling(Coupling):
         whole = a.sum(-1) * b.sum(-1)
         return terms - eps * (implicit.plan_between(f, g, eps, a, b, c).sum((-2, -1)) - whole)
 
-    def envelope(
-        self, f: Tensor, g: Tensor, eps: Eps, a: Tensor, b: Tensor, mass: Tensor | None, *leaves: Tensor
-    ) -> Tensor:
-        """The dual objective at constants f and g, with streamed derivatives in the rest."""
-        f, g, tops = f.detach(), g.detach(), self.ceilings
+    def _dual_at(
+        self, f: Tensor, g: Tensor, inputs: Sequence[Any], wanted: Sequence[bool] = (), scale: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """The dual objective at constants f and g, ``(*b,)``, and its slopes in those ``inputs`` that are ``wanted``.
+
+        One pass finds both.  Slopes are times ``scale``, ``(*b,)``; without it there are only those of O(n + m) memory.
+        """
+        given, a, b, mass, *leaves = (part.detach() if isinstance(part, Tensor) else part for part in inputs)
+        kernel, eps = self._kernel().on(leaves), linalg.plain(given)
+        to_eps, to_a, to_b, to_mass, *to_leaves = wanted or (False,) * len(inputs)
+        if scale is None and (isinstance(kernel, DenseKernel) or kernel.rank is None):
+            to_leaves = [False] * len(leaves)
+        f, g, tops, unit = f.detach(), g.detach(), self.ceilings, along(eps, 1)
         if tops is None:
             term_a, term_b = (dual_term(p, rho) for p, rho in zip((f, g), self.problem.relax, strict=True))
         else:
             # see `partial`: <a, f - max f> + s max f
             term_a, term_b = f - tops[0], g - tops[1]
-        kernel = make_kernel(self.problem.cost, *(site.detach() for site in self.problem.sites)).on(leaves)
-        held, unit = linalg.plain(eps), along(eps, 1)
-        lse = kernel.reduce(_log_weights(b.detach(), g, unit), eps)[0]
+        mass_a, mass_b = a.sum(-1, keepdim=True), b.sum(-1, keepdim=True)
         # row sums of P over a; none where there is no weight, as the potential is no dual variable there
-        live = (a.detach() > 0) & torch.isfinite(f)
-        density = torch.exp(torch.where(live, torch.where(live, f, 0.0) / unit + lse, -torch.inf))
-        mass_a, mass_b = a.detach().sum(-1, keepdim=True), b.detach().sum(-1, keepdim=True)
+        live = (a > 0) & torch.isfinite(f)
+        right, lse, height = _log_weights(b, g, unit), None, None
+        grads: Sequence[Tensor | None] = (None,) * len(leaves)
+        if to_eps or any(to_leaves):
+            found = _Pulled(kernel, _log_weights(a, f, unit), right, eps, to_eps)
+            grads = kernel.pulled(found.tiles(scale), to_leaves)
+            density = found.rows / torch.where(live, a, 1.0)
+            # <P, f + g - C>
+            height = (found.rows * _finite(f)).sum(-1) + (found.columns * _finite(g)).sum(-1) - found.inner
+        else:
+            lse = kernel.reduce(right, eps)[0]
+            density = torch.exp(torch.where(live, torch.where(live, f, 0.0) / unit + lse, -torch.inf))
         here = term_a + unit * (mass_b - density)
-        total = (a.detach() * _finite(here)).sum(-1) + (b.detach() * _finite(term_b)).sum(-1)
+        total = (a * _finite(here)).sum(-1) + (b * _finite(term_b)).sum(-1)
         if tops is not None and mass is not None:
             total = total + mass.to(f) * (tops[0] + tops[1])[..., 0]
-        plain = [leaf.detach() for leaf in leaves]
-        if torch.is_grad_enabled() and a.requires_grad:
-            slope = _finite(term_a) + along(held, 1) * (mass_b - self._density(f, lse.detach()))
-            total = total + ((a - a.detach()) * self._slope(0, slope, a, b, g, kernel.on(plain))).sum(-1)
-        if torch.is_grad_enabled() and b.requires_grad:
-            turned = kernel.on(plain).T
-            back = turned.reduce(_log_weights(a.detach(), f, along(held, 1)), held)[0]
-            slope = _finite(term_b) + along(held, 1) * (mass_a - self._density(g, back))
-            total = total + ((b - b.detach()) * self._slope(1, slope, b, a, f, turned)).sum(-1)
-        return total
+        slopes: list[Tensor | None] = [None] * 4
+        if to_eps and height is not None:
+            slopes[0] = height / eps + (a * (mass_b - density)).sum(-1)
+        if to_a:
+            if not bool(live.all()):
+                density = self._density(f, kernel.reduce(right, eps)[0] if lse is None else lse)
+            slopes[1] = self._slope(0, _finite(term_a) + unit * (mass_b - density), a, b, g, kernel)
+        if to_b:
+            turned = kernel.T
+            density = self._density(g, turned.reduce(_log_weights(a, f, unit), eps)[0])
+            slopes[2] = self._slope(1, _finite(term_b) + unit * (mass_a - density), b, a, f, turned)
+        if to_mass and tops is not None:
+            slopes[3] = (tops[0] + tops[1])[..., 0]
+        if scale is not None:
+            slopes = [None if part is None else part * along(scale, part.ndim - scale.ndim) for part in slopes]
+        return total, [*slopes, *grads]
 
     def _density(self, potential: Tensor, lse: Tensor) -> Tensor:
         """Sums of P over the weights, also where these are zero."""
@@ -725,22 +746,22 @@ class _Value(torch.autograd.Function):
     """The dual at potentials that follow the data: by the envelope theorem their motion has no part in the first derivative, and
     is all of the rest of the second.
 
-    The first derivative streams, through the graph that the value was computed with; ``kept`` holds it until then.
+    The first derivative streams.  Where it takes O(n + m) memory, it is found in the pass that finds the value, and ``kept``.
+    ``once`` says why there is no second one, where there is none.
     """
 
     @staticmethod
-    def forward(coupling: DiscreteCoupling, kept: list[Any], f: Tensor, g: Tensor, *inputs: Any) -> Tensor:
-        if transformed():
-            return coupling.envelope(f, g, *inputs)
-        with torch.enable_grad():
-            own = [part.detach().requires_grad_() if _wants(part) else part for part in inputs]
-            value = coupling.envelope(f, g, *own)
-        kept += [own, value]
-        return value.detach()
+    def forward(
+        coupling: DiscreteCoupling, once: str | None, kept: list[Any], f: Tensor, g: Tensor, *inputs: Any
+    ) -> Tensor:
+        # inside a transform what is wanted is out of sight, and nothing is kept
+        value, slopes = coupling._dual_at(f, g, inputs, [_wants(part) and not transformed() for part in inputs])
+        kept += slopes
+        return value
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.coupling, ctx.kept, f, g, eps, *rest = inputs
+        ctx.coupling, ctx.once, ctx.kept, f, g, eps, *rest = inputs
         ctx.eps = None if isinstance(eps, Tensor) else eps
         ctx.save_for_backward(f, g, eps if ctx.eps is None else None, *rest)
 
@@ -749,29 +770,51 @@ class _Value(torch.autograd.Function):
         refuse_vmap(grads[0], "the gradient of the cost")
         f, g, given, *rest = ctx.saved_tensors
         inputs = [ctx.eps if given is None else given, *rest]
-        wanted = ctx.needs_input_grad[4:]
+        wanted = ctx.needs_input_grad[5:]
 
         def number(*moved: Tensor) -> Tensor:
             value: Tensor = ctx.coupling.written_out(f, g, *derivatives.filled(inputs, wanted, moved))
             return (grads[0] * value).sum()
 
         def stream() -> list[Tensor | None]:
-            if ctx.kept:
-                own, value = ctx.kept
-                ctx.kept.clear()
-                got = derivatives.gradients(
-                    value, [part for part, asked in zip(own, wanted, strict=True) if asked], grads[0]
-                )
-            else:
-                at = [part for part, asked in zip(inputs, wanted, strict=True) if asked]
-                envelope = ctx.coupling.envelope
-                got = derivatives.pulled_back(
-                    lambda *moved: envelope(f, g, *derivatives.filled(inputs, wanted, moved)), at, grads[0]
-                )
-            return derivatives.filled([None] * len(inputs), wanted, got)
+            scale = grads[0]
+            found = [None if part is None else part * along(scale, part.ndim - scale.ndim) for part in ctx.kept or [None] * len(inputs)]
+            left = [asked and part is None for asked, part in zip(wanted, found, strict=True)]
+            if any(left):
+                rest = ctx.coupling._dual_at(f, g, inputs, left, scale)[1]
+                found = [one if two is None else two for one, two in zip(found, rest, strict=True)]
+            eps = linalg.plain(inputs[0])
+            return [share_of(inputs[0], None if found[0] is None else eps * found[0], eps), *found[1:]]
 
+        if ctx.once is not None:
+            with torch.no_grad():
+                found = stream()
+            moving = [part for part, asked in zip(inputs, wanted, strict=True) if asked]
+            return None, None, None, None, None, *derivatives.refused(found, [*moving, *grads], ctx.once)
         size = ctx.coupling._kernel().size
-        return None, None, None, None, *derivatives.of_number(number, inputs, wanted, stream, grads, size)
+        return None, None, None, None, None, *derivatives.of_number(number, inputs, wanted, stream, grads, size)
+
+
+class _Pulled:
+    """``P_ij = exp(left_i + right_j - C_ij / eps)`` as it goes by in tiles: the sums of its rows, and of its columns and ``<P, C>``
+    where these are ``wanted``.
+    """
+
+    def __init__(self, kernel: LogKernel, left: Tensor, right: Tensor, eps: Eps, wanted: bool) -> None:
+        self.kernel, self.left, self.right, self.eps, self.wanted = kernel, left, right, eps, wanted
+        self.rows, self.columns = torch.zeros_like(left), torch.zeros_like(right)
+        self.inner = torch.zeros(kernel.batch_shape, dtype=left.dtype, device=left.device)
+        # tiles of half the size fit where those of the solve were, though small tensors may lie there now
+        kernel.copies = max(2, kernel.copies)
+
+    def tiles(self, scale: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+        """Its rows, times ``scale``."""
+        for rows, p in self.kernel.softmax_tiles(self.right, self.eps, -self.left):
+            self.rows[..., rows] = p.sum(-1)
+            if self.wanted:
+                self.columns += p.sum(-2)
+                self.inner += self.kernel.inner(rows, p)
+            yield rows, p if scale is None else p.mul_(along(scale, 2))
 
 
 def divergence(p: Tensor, q: Tensor) -> Tensor:

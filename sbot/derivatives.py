@@ -118,27 +118,3 @@ def refused(parts: Sequence[Tensor | None], inputs: Sequence[Any], why: str) -> 
     if not torch.is_grad_enabled() or not moving:
         return tuple(parts)
     return tuple(None if part is None else _Refused.apply(why, part, *moving) for part in parts)  # type: ignore[no-untyped-call]
-
-
-class _Once(torch.autograd.Function):
-    """The identity, whose derivative has none."""
-
-    @staticmethod
-    def forward(why: str, *parts: Tensor) -> tuple[Tensor, ...]:
-        return tuple(part.view_as(part) for part in parts)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.why, *parts = inputs
-        ctx.save_for_backward(*parts)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *refused(grads, [*ctx.saved_tensors, *grads], ctx.why)
-
-
-def once(parts: Sequence[Any], why: str) -> list[Any]:
-    """``parts``, in which what follows has first derivatives; second ones raise `Unsupported` that says ``why``."""
-    wanted = [isinstance(part, Tensor) and part.requires_grad for part in parts]
-    moving = [part for part, asked in zip(parts, wanted, strict=True) if asked]
-    return filled(parts, wanted, _Once.apply(why, *moving))  # type: ignore[no-untyped-call]

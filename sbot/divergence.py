@@ -225,10 +225,11 @@ def _alone(problem: Problem, solver: Sinkhorn, tolerance: float, show: Callable[
 
     def part_of(half: Tensor, p: Tensor) -> tuple[Tensor, float]:
         """What a half-step adds to ``p``, and the error of both marginals there."""
-        change = torch.where(live, half - p, 0.0)
-        goal = torch.where(live, target_weights(a, p, rho), 0.0).double()
-        off = torch.where(live, torch.expm1(-change / (damp * unit)).abs(), 0.0)
-        error = 2 * float(((goal * off).sum(-1) / goal.sum(-1).clamp(min=torch.finfo(goal.dtype).tiny)).max())
+        change, goal = half - p, a if rho == math.inf else target_weights(a, p, rho)
+        if gaps:
+            change, goal = torch.where(live, change, 0.0), torch.where(live, goal, 0.0)
+        goal, off = goal.double(), (change / (-damp * unit)).double().expm1_().abs_()
+        error = 2 * float((torch.linalg.vecdot(goal, off) / goal.sum(-1).clamp(min=TINY)).max())
         if math.isnan(error):
             remedy = f"rescale the cost{wider(problem.dtype, ' or use float64')}"
             raise NumericalError(f"a self term of the divergence left the finite numbers; {remedy}")
@@ -241,21 +242,27 @@ def _alone(problem: Problem, solver: Sinkhorn, tolerance: float, show: Callable[
         half = -damp * unit * lse
         # an atom that forbidden pairs leave where it is takes no part, and keeps the infinite potential that it has
         live = live & (half != torch.inf)
+        gaps = not bool(live.all())
         change, error = part_of(half, p)
         waited = 0 if error < 0.9 * best.error else waited + 1
         if error < best.error:
-            best = _Self(torch.where(half == torch.inf, half, p), error, error <= tolerance)
+            best = _Self(torch.where(half == torch.inf, half, p) if gaps else p, error, error <= tolerance)
         if best.converged or waited >= PATIENCE or k >= solver.max_iter:
             break
         here, p = p, p + SHARES[k % len(SHARES)] * change
         k += 1
         # between two passes on the laws that the last one found, until what they round or leave out is all that is left
         least, idle = error, 0
-        while known and k < solver.max_iter and float((move := (p - here) / unit).abs().max()) <= TRUST:
-            sums = (1 + laws.times(move.double().expm1())).clamp(min=TINY)
+        while known and k < solver.max_iter:
+            move = (p - here) / unit
+            if (spread := float(move.abs().max())) > TRUST:
+                break
+            sums = (1 + laws.times(move.double().expm1_())).clamp_(min=TINY)
             change, error = part_of(-damp * unit * (lse + sums.log().to(lse)), p)
             idle = 0 if error < 0.9 * least else idle + 1
             least = min(least, error)
+            if error <= tolerance / 2 and laws.resolves(spread, tolerance):
+                return _Self(torch.where(half == torch.inf, half, p) if gaps else p, error, True)
             if error <= tolerance / 2 or idle >= len(SHARES):
                 break
             p = p + SHARES[k % len(SHARES)] * change

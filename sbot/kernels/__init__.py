@@ -51,8 +51,7 @@ def make_kernel(cost: Cost, x: Tensor, y: Tensor, *, memory: int = 0) -> LogKern
         return kernel
     tiled = TiledKernel(cost, x, y)
     pairs = math.prod(x.shape[:-1]) * y.shape[-2]
-    worth = tiled.rank is None or tiled.rank > CHEAP
-    if not worth or 2 * pairs * x.element_size() > memory:
+    if 2 * pairs * x.element_size() > memory or (tiled.rank is not None and tiled.rank <= CHEAP):
         return tiled
     shared = [points.ndim > 2 and all(step == 0 for step in points.stride()[:-2]) for points in (x, y)]
     if all(shared):  # points that all problems share have one matrix

@@ -110,6 +110,10 @@ class Conditionals:
         """Whether the sparse form is in use."""
         return self._rows is not None
 
+    def resolves(self, spread: float, error: float) -> bool:
+        """Whether an ``error`` of marginals that it shows is that of a pass, where potentials moved by ``spread`` in units of eps."""
+        return self.exact or (not self.sparse and 4 * torch.finfo(torch.float32).eps * spread <= 0.01 * error)
+
     @property
     def room(self) -> Tensor | None:
         """Memory in which a pass may make its tiles: fresh memory, and a copy, cost more than small problems."""

@@ -34,16 +34,17 @@ class TiledKernel(LogKernel):
         rows, columns = (y, x) if flipped else (x, y)
         self.shape = (rows.shape[-2], columns.shape[-2])
         self.batch_shape, self.dtype, self.device = tuple(x.shape[:-2]), x.dtype, x.device
-        with torch.no_grad():
-            self._embedded = self._centred(x, y)
 
     def _over(self, x: Tensor, y: Tensor, flipped: bool) -> TiledKernel:
         out = TiledKernel(self.cost, x, y, flipped=flipped)
         out._tiled_as(self)
         return out
 
-    def _centred(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
-        pair = self.cost.embed(x, y)
+    @cached_property
+    @torch.no_grad()
+    def _embedded(self) -> tuple[Tensor, Tensor] | None:
+        """Both sides, rows first, about their centre."""
+        pair = self.cost.embed(self.x, self.y)
         if pair is None:
             return None
         u, v = pair[::-1] if self.flipped else pair
@@ -52,7 +53,10 @@ class TiledKernel(LogKernel):
 
     @property
     def T(self) -> TiledKernel:
-        return self._over(self.x, self.y, not self.flipped)
+        out = self._over(self.x, self.y, not self.flipped)
+        if "_embedded" in self.__dict__:
+            out._embedded = None if self._embedded is None else self._embedded[::-1]
+        return out
 
     def take(self, index: Tensor) -> TiledKernel:
         return self._over(self.x[index], self.y[index], self.flipped)

@@ -447,7 +447,7 @@ class HalfSteps(Step):
                     break
         state.move(as_tensor(v).log())
         state.iterations += done
-        if stop and not bounded and self._sure(model, near, spread, worst):
+        if stop and not bounded and (near or model.exact) and model.resolves(spread, worst):
             state.land(as_tensor(u).log(), as_tensor(weights * u * sums), as_tensor(columns * v))
         else:
             # the constant to move depends on f, which has moved with g
@@ -455,12 +455,6 @@ class HalfSteps(Step):
             state.f = torch.where(state.live[0], f, 0.0) if state.zeros else f
             state.translate()
         return stop
-
-    @staticmethod
-    def _sure(model: Conditionals, near: bool, spread: float, error: float) -> bool:
-        """Whether the masses found are as good as a pass's: what is rounded of so small a change does not show in the error."""
-        rounding = torch.finfo(torch.float32).eps
-        return model.exact or (near and not model.sparse and 4 * rounding * spread <= 0.01 * error)
 
     def half(self, state: State, v: Tensor) -> Tensor:
         """Of a partial plan, what a half-step on each side from ``v``, on the model, adds to ``g / eps``."""
