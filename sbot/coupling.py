@@ -354,12 +354,12 @@ class DiscreteCoupling(Coupling):
     ) -> tuple[Tensor, list[Tensor | None]]:
         """The dual objective at constants f and g, ``(*b,)``, and its slopes in those ``inputs`` that are ``wanted``.
 
-        One pass finds both.  Slopes are times ``scale``, ``(*b,)``; without it there are only those of O(n + m) memory.
+        One pass finds both.  Slopes are times ``scale``, ``(*b,)``; without it those that are dear, or large, are left out.
         """
         given, a, b, mass, *leaves = (part.detach() if isinstance(part, Tensor) else part for part in inputs)
         kernel, eps = self._kernel().on(leaves), linalg.plain(given)
         to_eps, to_a, to_b, to_mass, *to_leaves = wanted or (False,) * len(inputs)
-        if scale is None and (isinstance(kernel, DenseKernel) or kernel.rank is None):
+        if scale is None and not kernel.pulls_quickly:
             to_leaves = [False] * len(leaves)
         f, g, tops, unit = f.detach(), g.detach(), self.ceilings, along(eps, 1)
         if tops is None:
@@ -378,6 +378,9 @@ class DiscreteCoupling(Coupling):
             density = found.rows / torch.where(live, a, 1.0)
             # <P, f + g - C>
             height = (found.rows * _finite(f)).sum(-1) + (found.columns * _finite(g)).sum(-1) - found.inner
+        elif self._lent is not None:
+            scales = self._lent.scales(*self._logs)
+            density = scales[0] * linalg.product(self._lent.laws, scales[1]) / torch.where(live, a, 1.0)
         else:
             lse = kernel.reduce(right, eps)[0]
             density = torch.exp(torch.where(live, torch.where(live, f, 0.0) / unit + lse, -torch.inf))
@@ -746,7 +749,7 @@ class _Value(torch.autograd.Function):
     """The dual at potentials that follow the data: by the envelope theorem their motion has no part in the first derivative, and
     is all of the rest of the second.
 
-    The first derivative streams.  Where it takes O(n + m) memory, it is found in the pass that finds the value, and ``kept``.
+    The first derivative streams.  Where it is cheap it is found in the pass that finds the value, and ``kept``.
     ``once`` says why there is no second one, where there is none.
     """
 
@@ -778,7 +781,10 @@ class _Value(torch.autograd.Function):
 
         def stream() -> list[Tensor | None]:
             scale = grads[0]
-            found = [None if part is None else part * along(scale, part.ndim - scale.ndim) for part in ctx.kept or [None] * len(inputs)]
+            found = [
+                None if part is None else part * along(scale, part.ndim - scale.ndim)
+                for part in ctx.kept or [None] * len(inputs)
+            ]
             left = [asked and part is None for asked, part in zip(wanted, found, strict=True)]
             if any(left):
                 rest = ctx.coupling._dual_at(f, g, inputs, left, scale)[1]

@@ -143,9 +143,13 @@ def _between_atoms(problem: Problem, within: list[Problem], solver: Sinkhorn, pr
     ends = wide.mu, wide.nu
     inner = [replace(part.to(dtype=torch.float64), mu=end, nu=end) for part, end in zip(within, ends, strict=True)]
     if isinstance(problem.cost, Lp) and math.prod(wide.batch_shape) * max(problem.mu.n, problem.nu.n) ** 2 <= ONCE:
-        charges = [MatrixCost(part.cost.matrix(*part.sites)) for part in (wide, *inner)]
-        wide, *inner = (_charged(part, charge) for part, charge in zip((wide, *inner), charges, strict=True))
-        problem, *within = (_charged(part, charge) for part, charge in zip((problem, *within), charges, strict=True))
+        # they are as quickly solved in float64, where a pass need not be made twice
+        if solver.tol is None:
+            solver = replace(solver, tol=math.sqrt(torch.finfo(problem.dtype).eps))
+        wide, *inner = (
+            replace(part, reference=Static(MatrixCost(part.cost.matrix(*part.sites)))) for part in (wide, *inner)
+        )
+        problem, within = wide, inner
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotConverged)
         bridge = solver.solve(problem, progress=progress)
@@ -185,11 +189,6 @@ def _between_atoms(problem: Problem, within: list[Problem], solver: Sinkhorn, pr
         noise = ROUNDING * (rest.detach().abs() + (value - rest).detach().abs() + (wide.free_eps * a * b).detach())
         value = torch.where((value < 0) & (value >= -noise), value - value.detach(), value)
     return value
-
-
-def _charged(problem: Problem, charge: MatrixCost) -> Problem:
-    """The same problem with its costs as a matrix; their graph is kept where the dtype is."""
-    return replace(problem, reference=Static(fitted(charge, problem.batch_shape, dtype=problem.dtype)))
 
 
 # ---- the self terms ------------------------------------------------------------------------------------------------

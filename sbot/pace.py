@@ -24,8 +24,9 @@ def half_step(old: Any, goal: Any, sums: Any, power: Eps, omega: Eps | None) -> 
     whole = not isinstance(power, Tensor) and power == 1
     if omega is None:
         return goal / sums if whole else (goal / sums) ** power
-    step = goal / (sums * old + TINY) if whole else (goal / sums) ** power / (old + TINY)
-    return step**omega * old
+    if whole:
+        return (goal / (sums * old + TINY)) ** omega * old
+    return (goal / sums) ** (power * omega) * (old + TINY) ** (1 - omega)
 
 
 class Pace:
@@ -37,25 +38,54 @@ class Pace:
     """
 
     def __init__(self, errors: Tensor) -> None:
-        self.like = errors
-        self.last = as_array(errors)
-        self.looks, self.factor, self.fall = np.zeros_like(self.last), np.ones_like(self.last), 0.0
+        self.like, self.last = errors, _numbers(errors)
+        # arrays of no dimensions cost twenty times what numbers do
+        single = isinstance(self.last, float)
+        ways: tuple[Any, Any, Any] = (min, max, _choose) if single else (np.minimum, np.maximum, np.where)
+        self._min, self._max, self._where = ways
+        self.factor, self.fall = (1.0 if single else np.ones_like(self.last)), 0.0
+        self.looks = 0.0 * self.factor
 
     @property
     def omega(self) -> Eps | None:
         """A number, or ``(*b, 1)``; None where nothing is relaxed yet."""
-        if np.all(self.factor == 1):
-            return None
-        return torch.from_numpy(self.factor).to(self.like)[..., None] if self.factor.ndim else float(self.factor)
+        if isinstance(self.factor, float):
+            return None if self.factor == 1 else self.factor
+        return None if np.all(self.factor == 1) else torch.from_numpy(self.factor).to(self.like)[..., None]
+
+    def goes_on(self, errors: Tensor) -> bool:
+        """Whether ``errors`` are those of the same problems; they are then the last ones."""
+        now = _numbers(errors)
+        if np.shape(now) != np.shape(self.last):
+            return False
+        self.last = now
+        return True
 
     def look(self, errors: Any, iterations: int) -> None:
-        now = as_array(errors)
-        rate = (now / np.maximum(self.last, TINY)) ** (1 / iterations)
-        self.fall = math.log(max(float(self.last.max()), TINY) / max(float(now.max()), TINY)) / iterations
+        now, least, most, where = _numbers(errors), self._min, self._max, self._where
+        rate = (now / most(self.last, TINY)) ** (1 / iterations)
+        self.fall = math.log(max(_top(self.last), TINY) / max(_top(now), TINY)) / iterations
         self.last, self.looks = now, self.looks + 1
-        theta = (rate + self.factor - 1) ** 2 / np.maximum(rate * self.factor**2, 1e-30)
-        best = np.minimum(2 / (1 + np.sqrt(1 - np.minimum(theta, 0.999))), FASTEST)
+        over = rate + self.factor - 1
+        theta = over * over / most(rate * self.factor**2, 1e-30)
+        best = least(2 / (1 + (1 - least(theta, 0.999)) ** 0.5), FASTEST)
         # the first iterations are no measure of the last, and where the error grew it starts again
-        factor = np.where((self.looks == 1) | (rate == 0), self.factor, best)
-        self.factor = np.where(rate >= 1, 1.0, factor)
-        self.looks = np.where((rate >= 1) & (self.looks > 1), 0.0, self.looks)
+        factor = where((self.looks == 1) | (rate == 0), self.factor, best)
+        self.factor = where(rate >= 1, 1.0, factor)
+        self.looks = where((rate >= 1) & (self.looks > 1), 0.0, self.looks)
+
+
+def _numbers(errors: Any) -> Any:
+    """As an array, or a number where there is one."""
+    if isinstance(errors, float):
+        return float(errors)
+    values = as_array(errors)
+    return values if values.ndim else float(values)
+
+
+def _top(errors: Any) -> float:
+    return errors if isinstance(errors, float) else float(errors.max())
+
+
+def _choose(condition: Any, one: Any, other: Any) -> Any:
+    return one if condition else other

@@ -474,18 +474,22 @@ def _settle_eps(eps: Eps, mu: Measure) -> tuple[Eps, Tensor | None]:
         if tuple(eps.shape) != want:
             shape = f"the batch {want}; give a number, or shape {want}" if want else "a single problem; give a number"
             raise InvalidProblem(f"eps has shape {tuple(eps.shape)} for {shape}")
-    least = 4 / torch.finfo(mu.dtype).max
-    values = linalg.as_eps(linalg.plain(eps), torch.empty((), dtype=torch.float64, device=mu.device))
-    out = torch.nonzero(~((values > least) & (values < 1 / least)))
+    least, plain = 4 / torch.finfo(mu.dtype).max, linalg.plain(eps)
+    if not isinstance(plain, Tensor):
+        _require_range(least < plain < 1 / least, plain, "", mu.dtype)
+        return plain, leaf
+    out = torch.nonzero(~((plain > least) & (plain < 1 / least)))
     if len(out):
         where = tuple(out[0].tolist())
-        which = f" in problem {_index(where)} of the batch" if where else ""
+        _require_range(False, float(plain[where]), f" in problem {_index(where)} of the batch", mu.dtype)
+    return plain.to(dtype=mu.dtype, device=mu.device).clone(), leaf
+
+
+def _require_range(inside: bool, eps: float, where: str, dtype: torch.dtype) -> None:
+    if not inside:
         raise InvalidProblem(
-            f"eps is {float(values[where]):g}{which}, outside the range of {mu.dtype}; rescale the points and eps, or use "
-            "float64"
+            f"eps is {eps:g}{where}, outside the range of {dtype}; rescale the points and eps, or use float64"
         )
-    plain = linalg.plain(eps)
-    return plain.to(dtype=mu.dtype, device=mu.device).clone() if isinstance(plain, Tensor) else plain, leaf
 
 
 def _index(where: tuple[int, ...]) -> str:

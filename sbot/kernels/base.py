@@ -122,6 +122,11 @@ class LogKernel(ABC):
             pass
         return (None,) * len(wanted)
 
+    @property
+    def pulls_quickly(self) -> bool:
+        """Whether `pull_back` adds little to a pass, and memory that is of no account, for each problem of a batch by itself."""
+        return False
+
     def scale(self) -> tuple[Tensor, Tensor]:
         """Mean and largest of ``|C|`` over the finite entries (the largest may be an upper bound), ``(*b,)``."""
         total = torch.zeros(self.batch_shape, dtype=torch.float64, device=self.device)

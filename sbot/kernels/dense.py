@@ -10,6 +10,9 @@ from torch import Tensor
 
 from .base import LogKernel
 
+#: Entries up to which a gradient in the matrix is of no account.
+SMALL = 2**20
+
 
 @final
 class DenseKernel(LogKernel):
@@ -60,6 +63,10 @@ class DenseKernel(LogKernel):
                 continue
             out[..., rows, :] = tile.sum_to_size(out[..., rows, :].shape)
         return (out,)
+
+    @property
+    def pulls_quickly(self) -> bool:
+        return self.stored.ndim == self.matrix.ndim and self.size <= SMALL
 
     def bound(self) -> float:
         return self._largest if self.ends is None else max(map(abs, self.ends))

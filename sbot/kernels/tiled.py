@@ -117,6 +117,10 @@ class TiledKernel(LogKernel):
                     out.add_(grad)
         return tuple(grads)
 
+    @property
+    def pulls_quickly(self) -> bool:
+        return self._embedded is not None
+
     def entries(self, rows: slice | Tensor) -> Tensor:
         if self.flipped:
             return self.cost.matrix(self.x, self.y[..., rows, :]).mT

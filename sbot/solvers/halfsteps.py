@@ -18,9 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..arrays import as_array
 from ..kernels import FLOOR, Conditionals, LogKernel, same
-from ..linalg import Eps, along, as_eps
+from ..linalg import Eps, along
 from ..pace import TINY, Pace
 from ..partial import capped, masses, support, violation
 from ..relaxed import damping, dual_term, target_weights
@@ -203,7 +202,9 @@ class State:
     def worst(self, tolerance: float) -> tuple[float, float]:
         """The true error and tolerance of the problem that is furthest from its tolerance."""
         errors = self.errors()
-        slack = as_eps(self.slack, errors).expand(errors.shape).flatten()
+        if not isinstance(self.slack, Tensor):
+            return self.error() * self.slack, tolerance * self.slack
+        slack = self.slack.expand(errors.shape).flatten()
         k = int(errors.argmax())
         return float(errors.flatten()[k] * slack[k]), float(tolerance * slack[k])
 
@@ -466,10 +467,8 @@ class HalfSteps(Step):
     def _paced(self, state: State) -> Pace:
         """The pace of the last run where it goes on."""
         errors = state.errors()
-        if self._pace is None or self._pace.last.shape != errors.shape:
+        if self._pace is None or not self._pace.goes_on(errors):
             self._pace = Pace(errors)
-        else:
-            self._pace.last = as_array(errors)
         return self._pace
 
 

@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from ..linalg import Eps
@@ -59,10 +61,13 @@ class Relaxed(Hard):
         self.powers = tuple(0.0 if math.isinf(rho) else state.unit / rho for rho in state.rho)
         self.power = 1 / (self.powers[0] + self.powers[1])
         self.goals = as_vector(target_weights(state.a.double(), state.f.double(), state.rho[0])), goal
+        #: what keeps the power of a scaling that is 0 finite, where there is one; and the sum of a product
+        self.least = TINY if any(bool((part == 0).any()) for part in self.goals) else 0.0
+        self.dot = np.dot if isinstance(goal, np.ndarray) else _dot
 
     def raise_columns(self, u: Any, v: Any, columns: Any, omega: Eps | None) -> tuple[Any, Any]:
         v = half_step(v, self.goal, columns, self.damp[1], omega)
-        one, two = (self._goal(side, scaling).sum(-1)[..., None] for side, scaling in enumerate((u, v)))
+        one, two = (self.dot(self.goals[side], self._fall(side, scaling)) for side, scaling in enumerate((u, v)))
         shift = (one / two) ** self.power
         return u * shift, v / shift
 
@@ -70,14 +75,16 @@ class Relaxed(Hard):
         return half_step(u, 1.0, sums, self.damp[0], omega)
 
     def errors(self, masses: Any, v: Any) -> Any:
-        goal = self._goal(1, v)
+        goal = self.goal * self._fall(1, v)
         return abs(masses - goal).sum(-1) / goal.sum(-1).clip(min=TINY) / self.slack
 
-    def _goal(self, side: int, scaling: Any) -> Any:
-        """``a e^{-f / rho}`` with f moved by ``eps log u``, or that of g and v."""
-        goal, power = self.goals[side], self.powers[side]
-        hard = not isinstance(power, Tensor) and power == 0
-        return goal if hard else goal / (scaling + (goal == 0)) ** power
+    def _fall(self, side: int, scaling: Any) -> Any:
+        """``e^{-f / rho}`` for an f moved by ``eps log u``, over what it was before; or that of g and v."""
+        return (scaling + self.least if self.least else scaling) ** -self.powers[side]
+
+
+def _dot(one: Tensor, two: Tensor) -> Tensor:
+    return torch.linalg.vecdot(one, two)[..., None]
 
 
 class Bounded(Hard):

@@ -118,7 +118,8 @@ class BaseTransport:
         home, _ = enter(Xs, Xt)
         cost = dist(Xs, Xt, metric=self.metric)
         cost, self.norm_cost_ = cost_normalization(cost, self.norm, return_value=True)
-        if ys is not None and yt is not None:
+        self._labelled_both = ys is not None and yt is not None
+        if self._labelled_both:
             cost = home.back(self._labelled(enter(cost)[1][0], ys, yt))
         self.cost_, self.xs_, self.xt_ = cost, Xs, Xt
         self.mu_s, self.mu_t = self.distribution_estimation(Xs), self.distribution_estimation(Xt)
@@ -141,6 +142,8 @@ class BaseTransport:
     @property
     def _forbidding(self) -> Any:
         """``cost_`` with infinities where labels keep apart."""
+        if not self._labelled_both:
+            return self.cost_
         home, (cost,) = enter(self.cost_)
         return home.back(torch.where(cost == torch.finfo(cost.dtype).max, math.inf, cost))
 
@@ -164,13 +167,13 @@ class BaseTransport:
         """Shares of the classes of ys that each target sample receives, ``(n_t, n_classes)``."""
         _needed(ys=ys)
         home, (plan,) = enter(self.coupling_)
-        return home.back(_rows(plan.T) @ _one_hot(ys, plan))
+        return home.back(_means(plan.T, _one_hot(ys, plan)))
 
     def inverse_transform_labels(self, yt: Any = None) -> Any:
         """The same from the target, ``(n_s, n_classes)``."""
         _needed(yt=yt)
         home, (plan,) = enter(self.coupling_)
-        return home.back(_rows(plan) @ _one_hot(yt, plan))
+        return home.back(_means(plan, _one_hot(yt, plan)))
 
     def _keep(self, returned: Any, log: bool) -> None:
         self.coupling_, self.log_ = returned if log else (returned, {})
@@ -182,14 +185,14 @@ def _needed(**given: Any) -> None:
         raise ValueError(f"{' and '.join(missing)} must be given")
 
 
-def _rows(plan: Tensor) -> Tensor:
-    """Each row divided by its sum; a row without mass stays 0."""
-    return plan / plan.sum(1, keepdim=True).clamp(min=torch.finfo(plan.dtype).tiny)
+def _means(plan: Tensor, values: Tensor) -> Tensor:
+    """The mean of ``values`` by each row of the plan; 0 for a row without mass."""
+    return plan @ values / plan.sum(1, keepdim=True).clamp(min=torch.finfo(plan.dtype).tiny)
 
 
 def _ferradans(plan: Any, seen: Any, there: Any, new: Any, size: int) -> Any:
     home, (p, x, y, z) = enter(plan, seen, there, new)
-    moved = _rows(p) @ y
+    moved = _means(p, y)
     if z.shape == x.shape and torch.equal(z, x):
         return home.back(moved)
     out = moved.new_empty(len(z), moved.shape[1])
