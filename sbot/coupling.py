@@ -358,70 +358,93 @@ class DiscreteCoupling(Coupling):
         """
         given, a, b, mass, *leaves = (part.detach() if isinstance(part, Tensor) else part for part in inputs)
         kernel, eps = self._kernel().on(leaves), linalg.plain(given)
-        to_eps, to_a, to_b, to_mass, *to_leaves = wanted or (False,) * len(inputs)
-        if scale is None and not kernel.pulls_quickly:
-            to_leaves = [False] * len(leaves)
         f, g, tops, unit = f.detach(), g.detach(), self.ceilings, along(eps, 1)
         if tops is None:
             term_a, term_b = (dual_term(p, rho) for p, rho in zip((f, g), self.problem.relax, strict=True))
         else:
             # see `partial`: <a, f - max f> + s max f
             term_a, term_b = f - tops[0], g - tops[1]
-        mass_a, mass_b = a.sum(-1, keepdim=True), b.sum(-1, keepdim=True)
+        to_eps, to_a, to_b, to_mass, *to_leaves = wanted or (False,) * len(inputs)
+        if scale is None and not kernel.pulls_quickly:
+            to_leaves = [False] * len(leaves)
+        slopes: list[Tensor | None] = [None] * len(inputs)
         # row sums of P over a; none where there is no weight, as the potential is no dual variable there
         live = (a > 0) & torch.isfinite(f)
-        right, lse, height = _log_weights(b, g, unit), None, None
-        grads: Sequence[Tensor | None] = (None,) * len(leaves)
         if to_eps or any(to_leaves):
-            found = _Pulled(kernel, _log_weights(a, f, unit), right, eps, to_eps)
-            grads = kernel.pulled(found.tiles(scale), to_leaves)
-            density = found.rows / torch.where(live, a, 1.0)
-            # <P, f + g - C>
-            height = (found.rows * _finite(f)).sum(-1) + (found.columns * _finite(g)).sum(-1) - found.inner
+            density, height, slopes[4:] = self._pulled(kernel, f, g, eps, a, b, scale, to_eps, to_leaves)
+            slopes[0] = None if height is None else height + (a * (b.sum(-1, keepdim=True) - density)).sum(-1)
         elif self._lent is not None:
             scales = self._lent.scales(*self._logs)
             density = scales[0] * linalg.product(self._lent.laws, scales[1]) / torch.where(live, a, 1.0)
         else:
-            lse = kernel.reduce(right, eps)[0]
+            lse = kernel.reduce(_log_weights(b, g, unit), eps)[0]
             density = torch.exp(torch.where(live, torch.where(live, f, 0.0) / unit + lse, -torch.inf))
-        here = term_a + unit * (mass_b - density)
+        here = term_a + unit * (b.sum(-1, keepdim=True) - density)
         total = (a * _finite(here)).sum(-1) + (b * _finite(term_b)).sum(-1)
         if tops is not None and mass is not None:
-            total = total + mass.to(f) * (tops[0] + tops[1])[..., 0]
-        slopes: list[Tensor | None] = [None] * 4
-        if to_eps and height is not None:
-            slopes[0] = height / eps + (a * (mass_b - density)).sum(-1)
+            peak = (tops[0] + tops[1])[..., 0]
+            total, slopes[3] = total + mass.to(f) * peak, peak if to_mass else None
         if to_a:
-            if not bool(live.all()):
-                density = self._density(f, kernel.reduce(right, eps)[0] if lse is None else lse)
-            slopes[1] = self._slope(0, _finite(term_a) + unit * (mass_b - density), a, b, g, kernel)
+            density = density if bool(live.all()) else self._density(kernel, f, _log_weights(b, g, unit))
+            slopes[1] = self._slope(0, term_a, density, a, b, g, kernel)
         if to_b:
-            turned = kernel.T
-            density = self._density(g, turned.reduce(_log_weights(a, f, unit), eps)[0])
-            slopes[2] = self._slope(1, _finite(term_b) + unit * (mass_a - density), b, a, f, turned)
-        if to_mass and tops is not None:
-            slopes[3] = (tops[0] + tops[1])[..., 0]
+            density = self._density(kernel.T, g, _log_weights(a, f, unit))
+            slopes[2] = self._slope(1, term_b, density, b, a, f, kernel.T)
         if scale is not None:
-            slopes = [None if part is None else part * along(scale, part.ndim - scale.ndim) for part in slopes]
-        return total, [*slopes, *grads]
+            slopes[:4] = (None if part is None else part * along(scale, part.ndim - scale.ndim) for part in slopes[:4])
+        return total, slopes
 
-    def _density(self, potential: Tensor, lse: Tensor) -> Tensor:
+    def _pulled(
+        self,
+        kernel: LogKernel,
+        f: Tensor,
+        g: Tensor,
+        eps: Eps,
+        a: Tensor,
+        b: Tensor,
+        scale: Tensor | None,
+        to_eps: bool,
+        to_leaves: Sequence[bool],
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
+        """Sums of rows of P over a, ``<P, f + g - C> / eps`` where that is wanted, and P, times ``scale``, pulled back."""
+        unit = along(eps, 1)
+        left, right = _log_weights(a, f, unit), _log_weights(b, g, unit)
+        rows_of, columns = torch.zeros_like(left), torch.zeros_like(right)
+        inner = torch.zeros(kernel.batch_shape, dtype=left.dtype, device=left.device)
+        # tiles of half the size fit where those of the solve were, though small tensors may lie there now
+        kernel.copies = max(2, kernel.copies)
+
+        def tiles() -> Iterator[tuple[slice, Tensor]]:
+            for rows, p in kernel.softmax_tiles(right, eps, -left):
+                rows_of[..., rows] = p.sum(-1)
+                if to_eps:
+                    columns.add_(p.sum(-2))
+                    inner.add_(kernel.inner(rows, p))
+                yield rows, p if scale is None else p.mul_(along(scale, 2))
+
+        with torch.no_grad(), linalg.full_precision():
+            grads = kernel.pulled(tiles(), to_leaves)
+        height = (rows_of * _finite(f)).sum(-1) + (columns * _finite(g)).sum(-1) - inner if to_eps else None
+        return rows_of / torch.where(a > 0, a, 1.0), None if height is None else height / eps, grads
+
+    def _density(self, kernel: LogKernel, potential: Tensor, bias: Tensor) -> Tensor:
         """Sums of P over the weights, also where these are zero."""
-        return torch.exp(torch.where(torch.isfinite(potential), potential, 0.0) / along(self.eps, 1) + lse)
+        return torch.exp(_finite(potential) / along(self.eps, 1) + kernel.reduce(bias, self.eps)[0])
 
     def _slope(
-        self, side: int, slope: Tensor, w: Tensor, other: Tensor, potential: Tensor, kernel: LogKernel
+        self, side: int, term: Tensor, density: Tensor, w: Tensor, other: Tensor, potential: Tensor, kernel: LogKernel
     ) -> Tensor:
-        """``slope``, the derivative in the weights of one side, checked where these are zero; the rest is the other side's.
+        """The derivative of the dual in the weights of one side, checked where these are zero; ``kernel`` has that side as rows.
 
         It is infinite at an atom that alone reaches one which stays where it is: with any weight it would take it along.  An
         atom that no pair joins to the rest may not have weight where its marginal is hard; its part of the dual is left out.
         """
+        slope = _finite(term) + along(self.eps, 1) * (other.sum(-1, keepdim=True) - density)
         measure = (self._mu, self._nu)[side]
-        empty = measure.mask & (w.detach() == 0)
+        empty = measure.mask & (w == 0)
         if not bool(empty.any()):
             return measure.blank(slope)
-        stays = (other.detach() > 0) & (potential == torch.inf)
+        stays = (other > 0) & (potential == torch.inf)
         if bool(stays.any()):
             lse = kernel.reduce(torch.where(stays, 0.0, torch.full_like(potential, -torch.inf)), self.eps)[0]
             slope = torch.where(empty & (lse > -torch.inf), -torch.inf, slope)
@@ -780,11 +803,8 @@ class _Value(torch.autograd.Function):
             return (grads[0] * value).sum()
 
         def stream() -> list[Tensor | None]:
-            scale = grads[0]
-            found = [
-                None if part is None else part * along(scale, part.ndim - scale.ndim)
-                for part in ctx.kept or [None] * len(inputs)
-            ]
+            scale, kept = grads[0], ctx.kept or [None] * len(inputs)
+            found = [None if part is None else part * along(scale, part.ndim - scale.ndim) for part in kept]
             left = [asked and part is None for asked, part in zip(wanted, found, strict=True)]
             if any(left):
                 rest = ctx.coupling._dual_at(f, g, inputs, left, scale)[1]
@@ -799,28 +819,6 @@ class _Value(torch.autograd.Function):
             return None, None, None, None, None, *derivatives.refused(found, [*moving, *grads], ctx.once)
         size = ctx.coupling._kernel().size
         return None, None, None, None, None, *derivatives.of_number(number, inputs, wanted, stream, grads, size)
-
-
-class _Pulled:
-    """``P_ij = exp(left_i + right_j - C_ij / eps)`` as it goes by in tiles: the sums of its rows, and of its columns and ``<P, C>``
-    where these are ``wanted``.
-    """
-
-    def __init__(self, kernel: LogKernel, left: Tensor, right: Tensor, eps: Eps, wanted: bool) -> None:
-        self.kernel, self.left, self.right, self.eps, self.wanted = kernel, left, right, eps, wanted
-        self.rows, self.columns = torch.zeros_like(left), torch.zeros_like(right)
-        self.inner = torch.zeros(kernel.batch_shape, dtype=left.dtype, device=left.device)
-        # tiles of half the size fit where those of the solve were, though small tensors may lie there now
-        kernel.copies = max(2, kernel.copies)
-
-    def tiles(self, scale: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-        """Its rows, times ``scale``."""
-        for rows, p in self.kernel.softmax_tiles(self.right, self.eps, -self.left):
-            self.rows[..., rows] = p.sum(-1)
-            if self.wanted:
-                self.columns += p.sum(-2)
-                self.inner += self.kernel.inner(rows, p)
-            yield rows, p if scale is None else p.mul_(along(scale, 2))
 
 
 def divergence(p: Tensor, q: Tensor) -> Tensor:

@@ -156,7 +156,7 @@ def _between_atoms(problem: Problem, within: list[Problem], solver: Sinkhorn, pr
     assert isinstance(bridge, PotentialBridge) and isinstance(bridge.coupling, DiscreteCoupling)
     report = bridge.report
     with reporting(progress, "Sinkhorn divergence") as show:
-        selves = [_alone(part, solver, report.tolerance, show) for part in within]
+        selves = [_itself_solved(part, solver, report.tolerance, show) for part in within]
     late = [] if report.converged else [f"(mu, nu) at {report.error:.1e}"]
     for name, own in zip(("mu", "nu"), selves, strict=True):
         late += [] if own.converged else [f"({name}, {name}) at {own.error:.1e}"]
@@ -202,14 +202,18 @@ class _Self(NamedTuple):
     converged: bool
 
 
+def _itself_solved(problem: Problem, solver: Sinkhorn, tolerance: float, show: Callable[[Progress], None]) -> _Self:
+    if problem.mass is not None:
+        return _as_any_other(problem, solver)
+    return _alone(problem, solver, tolerance, show)
+
+
 @torch.no_grad()
 def _alone(problem: Problem, solver: Sinkhorn, tolerance: float, show: Callable[[Progress], None]) -> _Self:
     """``OT(mu, mu)``: the fixed point ``p = T p`` of the half-step, by parts of half-steps (see `SHARES`).
 
     ``T`` is nonexpansive, its fixed point is the solution by symmetry, and it is near 0: neither annealing nor Newton is needed.
     """
-    if problem.mass is not None:
-        return _as_any_other(problem, solver)
     mu, eps, unit, rho = problem.mu, problem.eps, along(problem.eps, 1), problem.relax[0]
     assert isinstance(mu, Discrete)
     a = mu.weights.detach()
@@ -229,9 +233,7 @@ def _alone(problem: Problem, solver: Sinkhorn, tolerance: float, show: Callable[
             change, goal = torch.where(live, change, 0.0), torch.where(live, goal, 0.0)
         goal, off = goal.double(), (change / (-damp * unit)).double().expm1_().abs_()
         error = 2 * float((torch.linalg.vecdot(goal, off) / goal.sum(-1).clamp(min=TINY)).max())
-        if math.isnan(error):
-            remedy = f"rescale the cost{wider(problem.dtype, ' or use float64')}"
-            raise NumericalError(f"a self term of the divergence left the finite numbers; {remedy}")
+        _require_number(error, problem.dtype)
         show(Progress(k, largest, error, tolerance))
         return change, error
 
@@ -269,13 +271,19 @@ def _alone(problem: Problem, solver: Sinkhorn, tolerance: float, show: Callable[
     return best if best.converged else min(best, _as_any_other(problem, solver), key=lambda way: way.error)
 
 
+def _require_number(error: float, dtype: torch.dtype) -> None:
+    if math.isnan(error):
+        remedy = f"rescale the cost{wider(dtype, ' or use float64')}"
+        raise NumericalError(f"a self term of the divergence left the finite numbers; {remedy}")
+
+
 def _pass(kernel: LogKernel, laws: Conditionals, bias: Tensor, eps: Eps) -> tuple[Tensor, bool]:
     """``lse`` of the rows, and whether their laws are kept."""
     if not laws.possible:
         return kernel.reduce(bias, eps)[0], False
     laws.open()
     seen = kernel.conditionals(bias, eps, torch.ones_like(bias), 0, laws.keep, laws.room)
-    return seen.lse, laws.close(bias, seen.lse)
+    return seen.lse, laws.close(seen, bias)
 
 
 def _as_any_other(problem: Problem, solver: Sinkhorn) -> _Self:

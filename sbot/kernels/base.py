@@ -43,11 +43,15 @@ Keep = Callable[[slice, Tensor], bool]
 
 
 class Pass(NamedTuple):
-    """What one pass over a plan finds: ``lse_i``, the masses of rows ``r_i`` and of columns ``c_j`` (in float64)."""
+    """What one pass over a plan finds: ``lse_i``, the masses of rows ``r_i`` and of columns ``c_j`` (in float64).
+
+    Where problems share ``exp(-C / eps)``, ``(n, m)``, and it was all that was looked at, it is here too.
+    """
 
     lse: Tensor
     rows: Tensor
     columns: Tensor
+    shared: Tensor | None = None
 
 
 class LogKernel(ABC):
@@ -250,6 +254,10 @@ class LogKernel(ABC):
         least = float(eps.min()) if isinstance(eps, Tensor) else eps
         return (level + largest / least) / LN2 <= -FLOOR[self.dtype] / 2
 
+    def gibbs(self, bias: Tensor, eps: Eps) -> Tensor | None:
+        """``exp(-C / eps)``, ``(n, m)``, where the problems of a batch share it and nothing in it is lost; None elsewhere."""
+        return None
+
     @property
     def whole(self) -> bool:
         """Whether all rows are in one tile."""
@@ -268,10 +276,14 @@ class LogKernel(ABC):
 
         The row masses are ``r_i = weights_i exp(power lse_i)``, with a power for all or ``(*b, 1)``: the number 0 prescribes
         them.  ``weights`` may be a function of the lse of all rows where they are in one tile.  What one pass can know of P is
-        returned, and ``keep`` is shown the tiles of K, each gone when the next is made.  Memory is one tile; where there is
+        returned, and ``keep`` is shown the tiles of K, each gone when the next is made, or none where there is a `gibbs`
+        kernel, of which all that is returned is then made.  Memory is one tile; where there is
         ``room``, ``(*b, n, m)``, the tiles are made and left there.  Entries of K below ``2^FLOOR`` may be raised to it: a
         column mass of that size says only that the mass is smaller.
         """
+        shared = self.gibbs(bias, eps)
+        if shared is not None:
+            return _shared_pass(shared, bias, weights, power)
         lse = torch.empty((*self.batch_shape, self.shape[0]), dtype=self.dtype, device=self.device)
         mass = torch.empty_like(lse)
         # single precision sums of a hundred thousand rows would lose what the columns differ by
@@ -282,7 +294,6 @@ class LogKernel(ABC):
         floor = FLOOR[self.dtype]
         flat = self._flat(bias, eps)
         deep = not flat and self.depth(bias, eps) > -floor
-        given = not isinstance(power, Tensor) and power == 0
         with torch.no_grad(), linalg.full_precision():
             for rows in self.tiles():
                 size = rows.stop - rows.start
@@ -300,13 +311,7 @@ class LogKernel(ABC):
                     total = (z.clamp_(min=floor) if deep else z).exp2_().sum(-1)
                     level = top.squeeze(-1) + total.log2()
                 level = (level if offset is None else level + offset[..., rows]) * LN2
-                if isinstance(weights, Tensor):
-                    share = weights[..., rows]
-                    if not given:
-                        # where nothing weighs, the exponential may overflow
-                        share = torch.where(share > 0, share * torch.exp(power * level), 0.0)
-                else:
-                    share = weights(level)
+                share = _row_masses(weights[..., rows] if isinstance(weights, Tensor) else weights, power, level)
                 lse[..., rows], mass[..., rows] = level, share
                 total = total.clamp_(min=torch.finfo(self.dtype).tiny)
                 linalg.add_product(part, z.mT, share / total)
@@ -331,6 +336,31 @@ class LogKernel(ABC):
                 scratch = self.buffer(size)
             z = self.logits(rows, column, unit, scratch[..., :size, :])
             yield rows, exp2(z.sub_(level[..., rows, None]))
+
+
+def _row_masses(weights: Tensor | Callable[[Tensor], Tensor], power: Eps, lse: Tensor) -> Tensor:
+    """``weights_i exp(power lse_i)``, or what the function makes of lse; see `LogKernel.conditionals`."""
+    if not isinstance(weights, Tensor):
+        return weights(lse)
+    if not isinstance(power, Tensor) and power == 0:
+        return weights
+    # where nothing weighs, the exponential may overflow
+    return torch.where(weights > 0, weights * torch.exp(power * lse), 0.0)
+
+
+@torch.no_grad()
+def _shared_pass(shared: Tensor, bias: Tensor, weights: Tensor | Callable[[Tensor], Tensor], power: Eps) -> Pass:
+    """`LogKernel.conditionals` by products with the one ``exp(-C / eps)`` of all problems."""
+    with linalg.full_precision():
+        scaling = bias.exp()
+        total = linalg.product(shared, scaling)
+        lse = total.log()
+        mass = _row_masses(weights, power, lse)
+        share, columns = mass / total, torch.zeros(bias.shape, dtype=torch.float64, device=bias.device)
+        step = ADDED if bias.dtype == torch.float32 else len(shared)
+        for start in range(0, len(shared), step):
+            columns += linalg.product(shared[start : start + step].mT, share[..., start : start + step])
+    return Pass(lse, mass, columns * scaling, shared)
 
 
 def _ends(bias: Tensor) -> tuple[float, float]:

@@ -13,7 +13,8 @@ from torch import Tensor
 from .. import linalg
 from ..arrays import transformed
 from ..linalg import Eps
-from .base import FLOOR, LogKernel
+from .base import FLOOR, LogKernel, Pass
+from .dense import DenseKernel
 
 #: Entries smaller than this, of a row that sums to one, are left out.
 CUT = 1e-9
@@ -35,7 +36,10 @@ SPARSE_BYTES = 32
 
 
 class Laws(NamedTuple):
-    """Conditional laws ``K_ij = exp(bias_j - C_ij / eps - lse_i)`` that lack nothing, and what they were made with."""
+    """Conditional laws ``K_ij = exp(bias_j - C_ij / eps - lse_i)`` that lack nothing, and what they were made with.
+
+    Problems that share a cost may share K, ``(n, m)``, with 0 for bias and lse.
+    """
 
     laws: Tensor
     bias: Tensor
@@ -48,7 +52,9 @@ class Laws(NamedTuple):
         return torch.where(left == -torch.inf, 0.0, rows), torch.where(right == -torch.inf, 0.0, columns)
 
     def scaled(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """``r_i K_ij c_j``, in the place of K."""
+        """``r_i K_ij c_j``, in the place of a K that is not shared."""
+        if rows.ndim == self.laws.ndim:
+            return rows[..., None] * self.laws * columns[..., None, :]
         return self.laws.mul_(rows[..., None]).mul_(columns[..., None, :])
 
 
@@ -78,6 +84,7 @@ class Conditionals:
         kept = torch.float64 if small and 8 * self.pairs <= memory else torch.float32
         fits = kept.itemsize * self.pairs <= memory
         self.dense = torch.empty((*self.batch_shape, *self.shape), dtype=kept, device=self.device) if fits else None
+        self._may_share = isinstance(kernel, DenseKernel) and kernel.shares
         self._unrounded = kept == kernel.dtype == torch.float64
         #: whether entries below `LEAST` are missing, which may be all of a column
         self.cut = kept == torch.float32 and kernel.dtype == torch.float64
@@ -88,6 +95,7 @@ class Conditionals:
         self._rows: Tensor | None = None
         self._columns: Tensor | None = None
         self._arrays: _Arrays | None = None
+        self._shared: _Shared | None = None
         self._made_with: tuple[Tensor, ...] = ()
         self.share = 1.0
 
@@ -98,11 +106,13 @@ class Conditionals:
     @property
     def possible(self) -> bool:
         """Whether there is room for anything at all."""
-        return self.dense is not None or (self.sparse_works and self.most > 0)
+        return self.dense is not None or self._may_share or (self.sparse_works and self.most > 0)
 
     @property
     def exact(self) -> bool:
         """Whether nothing is rounded or left out."""
+        if self._shared is not None:
+            return self._shared.kernel.dtype == torch.float64
         return self._unrounded and not self.sparse
 
     @property
@@ -111,7 +121,7 @@ class Conditionals:
         return self._rows is not None
 
     def resolves(self, spread: float, error: float) -> bool:
-        """Whether an ``error`` of marginals that it shows is that of a pass, where potentials moved by ``spread`` in units of eps."""
+        """Whether an ``error`` of marginals that it shows, at potentials moved by ``spread`` in units of eps, is a pass's."""
         return self.exact or (not self.sparse and 4 * torch.finfo(torch.float32).eps * spread <= 0.01 * error)
 
     @property
@@ -121,6 +131,10 @@ class Conditionals:
 
     def lent(self, kernel: LogKernel, eps: Eps) -> Laws | None:
         """The laws of ``kernel`` themselves, where nothing is missing or raised; what is done to them is done to this."""
+        if self._shared is not None and self.exact:
+            return Laws(
+                self._shared.kernel, *(torch.zeros_like(part) for part in (self._shared.right, self._shared.left))
+            )
         if not self.exact or self.dense is None or not self._made_with:
             return None
         laws = Laws(self.dense, *self._made_with)
@@ -128,7 +142,7 @@ class Conditionals:
 
     def open(self) -> None:
         """Forget what is kept; `keep` may be called for the new tiles."""
-        self._rows = self._columns = self._arrays = None
+        self._rows = self._columns = self._arrays = self._shared = None
         self._made_with = ()
         # where few iterations are expected nearly all entries are something
         sparse = self.sparse_works and (self.dense is None or self.pairs > (DOUBLE_WHERE_FEW if self.few else SMALL))
@@ -168,8 +182,15 @@ class Conditionals:
         row = torch.searchsorted(begins, torch.arange(len(values), device=self.device), right=True) - 1
         start[row, column] = values.to(start.dtype)
 
-    def close(self, *made_with: Tensor) -> bool:
-        """All tiles are in, ``made_with`` this bias and lse: whether there is anything to work with."""
+    def close(self, seen: Pass | None = None, bias: Tensor | None = None) -> bool:
+        """All tiles of a pass with this ``bias`` are in: whether there is anything to work with."""
+        made_with: tuple[Tensor, ...] = ()
+        if seen is not None and bias is not None:
+            made_with = bias, seen.lse
+            if seen.shared is not None:
+                self.share = 1.0
+                self._shared = _Shared(seen.shared, (-seen.lse).exp().double(), bias.exp().double())
+                return True
         if self._pieces is None:
             self.share, self._made_with = 1.0, made_with
             return self.dense is not None
@@ -209,6 +230,8 @@ class Conditionals:
 
     def times(self, v: Tensor) -> Tensor:
         """``K v``, ``(*b, n)``, in float64."""
+        if self._shared is not None:
+            return self._shared.times(v)
         if self._rows is not None:
             return self._rows @ v
         assert self.dense is not None
@@ -216,17 +239,17 @@ class Conditionals:
 
     def transposed_times(self, u: Tensor) -> Tensor:
         """``K' u``, ``(*b, m)``, in float64."""
+        if self._shared is not None:
+            return self._shared.T.times(u)
         if self._columns is not None:
             return self._columns @ u
         assert self.dense is not None
-        if self.dense.dtype == u.dtype:
-            return linalg.product(self.dense.mT, u)
-        # masses may be smaller than single precision has numbers
-        top = u.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(u.dtype).tiny)
-        return linalg.product(self.dense.mT, (u / top).to(self.dense.dtype)).double() * top
+        return _scaled_product(self.dense.mT, u)
 
     def squares(self, w: Tensor) -> Tensor:
         """``sum_i w_i K_ij^2``, ``(*b, m)``."""
+        if self._shared is not None:
+            return self._shared.T.squared().times(w)
         if self._columns is not None:
             c = self._columns
             squared = torch.sparse_csr_tensor(
@@ -257,6 +280,33 @@ def _some(entries: Tensor) -> Tensor:
 def same(vector: Tensor) -> Tensor:
     """The vector."""
     return vector
+
+
+class _Shared(NamedTuple):
+    """``K_ij = left_i G_ij right_j`` with one ``G = exp(-C / eps)``, ``(n, m)``, for all problems of a batch."""
+
+    kernel: Tensor
+    left: Tensor
+    right: Tensor
+
+    @property
+    def T(self) -> _Shared:
+        return _Shared(self.kernel.mT, self.right, self.left)
+
+    def squared(self) -> _Shared:
+        """Each entry squared."""
+        return _Shared(self.kernel.square(), self.left.square(), self.right.square())
+
+    def times(self, v: Tensor) -> Tensor:
+        return self.left * _scaled_product(self.kernel, self.right * v)
+
+
+def _scaled_product(matrix: Tensor, vector: Tensor) -> Tensor:
+    """Of a matrix in single precision with a vector that may have numbers which single precision has not; in float64."""
+    if matrix.dtype == vector.dtype:
+        return linalg.product(matrix, vector)
+    top = vector.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(vector.dtype).tiny)
+    return linalg.product(matrix, (vector / top).to(matrix.dtype)).double() * top
 
 
 class _Arrays:

@@ -8,7 +8,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from .base import LogKernel
+from ..linalg import Eps
+from .base import LN2, LogKernel
 
 #: Entries up to which a gradient in the matrix is of no account.
 SMALL = 2**20
@@ -23,6 +24,9 @@ class DenseKernel(LogKernel):
     stored : ``C``, or what problems share of it: leading dimensions of ``batch_shape`` that it lacks are not copied.
     batch_shape : ``*b``; None is that of ``stored``.
     """
+
+    #: eps and ``exp(-C / eps)``, once it was asked for
+    _gibbs: tuple[float, Tensor] | None = None
 
     def __init__(self, stored: Tensor, batch_shape: tuple[int, ...] | None = None) -> None:
         self.batch_shape = tuple(stored.shape[:-2]) if batch_shape is None else batch_shape
@@ -65,8 +69,20 @@ class DenseKernel(LogKernel):
         return (out,)
 
     @property
+    def shares(self) -> bool:
+        """Whether the problems of a batch have one matrix."""
+        return bool(self.batch_shape) and self.stored.ndim == 2
+
+    def gibbs(self, bias: Tensor, eps: Eps) -> Tensor | None:
+        if not self.shares or isinstance(eps, Tensor) or not self._flat(bias, eps):
+            return None
+        if self._gibbs is None or self._gibbs[0] != eps:
+            self._gibbs = eps, torch.mul(self.stored.detach(), -1 / (eps * LN2)).exp2_()
+        return self._gibbs[1]
+
+    @property
     def pulls_quickly(self) -> bool:
-        return self.stored.ndim == self.matrix.ndim and self.size <= SMALL
+        return not self.shares and self.size <= SMALL
 
     def bound(self) -> float:
         return self._largest if self.ends is None else max(map(abs, self.ends))

@@ -126,7 +126,7 @@ class State:
             seen = self.kernel.conditionals(bias, self.eps, rows, 0, keep, room)
             self.passes += 1
         if self.model is not None and keep is not None:
-            self.known = self.model.close(bias, seen.lse)
+            self.known = self.model.close(seen, bias)
             self.roomless = self.roomless if self.known else self.largest
         f = -lam * self.unit * seen.lse
         if self.mass is not None:

@@ -136,7 +136,7 @@ def test_one_pass_is_the_plan_written_out(cost, power, batch, eps, generator):
                 assert kernel._flat(bias, eps) == (eps == 0.3), name
             kept = torch.zeros_like(law)
             seen = kernel.conditionals(bias, eps, a, power, keeper(kept))
-            for got, want in zip((*seen, kept), (lse, rows, (rows[..., None] * law).sum(-2), law), strict=True):
+            for got, want in zip((*seen[:3], kept), (lse, rows, (rows[..., None] * law).sum(-2), law), strict=True):
                 torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-14, msg=name)
 
 
@@ -364,3 +364,42 @@ def test_a_gradient_that_is_not_wanted_changes_no_other(cost, flipped, generator
     torch.testing.assert_close(first[0], both[0])
     torch.testing.assert_close(second[1], both[1])
     assert first[1] is None and second[0] is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_problems_with_one_matrix_are_worked_out_with_one_kernel(dtype, generator):
+    """A pass, the model it leaves and its plan are those of each problem by itself; the kernel is made once."""
+    c = 5 * torch.rand(30, 40, generator=generator, dtype=dtype)
+    bias = torch.randn(3, 40, generator=generator, dtype=dtype)
+    a = torch.rand(3, 30, generator=generator, dtype=dtype)
+    a[0, 4], bias[1, 5] = 0, -torch.inf
+    v, u = torch.rand(3, 40, generator=generator).double(), torch.rand(3, 30, generator=generator).double()
+    rtol, atol = (1e-12, 1e-15) if dtype == torch.float64 else (2e-6, 1e-7)
+
+    def found(kernel: DenseKernel, bias: torch.Tensor, a: torch.Tensor, v: torch.Tensor, u: torch.Tensor):
+        model = Conditionals(kernel, 2**30)
+        model.open()
+        seen = kernel.conditionals(bias, 0.5, a, 0.3, model.keep, model.room)
+        assert model.close(seen, bias)
+        products, laws = (model.times(v), model.transposed_times(u), model.squares(u)), model.lent(kernel, 0.5)
+        plan = None if laws is None else laws.scaled(*laws.scales(a.log(), bias))
+        return seen, (*seen[:3], *products, plan), model
+
+    kernel, lone = DenseKernel(c, (3,)), DenseKernel(c)
+    kernel.ends = lone.ends = tuple(map(float, c.aminmax()))
+    whole, together, model = found(kernel, bias, a, v, u)
+    assert whole.shared is not None and whole.shared.shape == c.shape
+    assert model.exact == (dtype == torch.float64) and (together[-1] is not None) == model.exact
+    for k in range(3):
+        alone, each, _ = found(lone, bias[k], a[k], v[k], u[k])
+        assert alone.shared is None
+        for one, other in zip(together, each, strict=True):
+            assert (one is None) == (other is None)
+            if one is not None:
+                torch.testing.assert_close(one[k].double(), other.double(), rtol=rtol, atol=atol)
+    made = kernel.gibbs(bias, 0.5)
+    assert made is whole.shared and kernel.gibbs(bias, 0.25) is not made
+    # costs of their own, an eps of their own, and what would underflow
+    assert DenseKernel(c.expand(3, -1, -1)).gibbs(bias, 0.5) is None
+    assert kernel.gibbs(bias, torch.full((3,), 0.5, dtype=dtype)) is None
+    assert kernel.gibbs(bias, 1e-4) is None

@@ -257,6 +257,12 @@ class Solved:
     stop: float
     unroll: int | None = None
 
+    def part(self, k: int) -> Solved:
+        """One problem of a batch."""
+        bridge = self.bridge[k]
+        assert isinstance(bridge, PotentialBridge)
+        return Solved(bridge, self.stop)
+
     @cached_property
     def following(self) -> PotentialBridge:
         """The bridge with derivatives in the data, where one is wanted."""

@@ -24,6 +24,9 @@ from ._solve import Ask, Solved, _outside, balanced, check_matrix, couple, is_st
 
 __getattr__ = forwarder("bregman")
 
+#: Largest entry of M / reg up to which several targets are solved side by side, by the dtype of M.
+SIDE_BY_SIDE = {torch.float64: 100.0, torch.float32: 10.0}
+
 
 # ---- what the methods write into their logs ----------------------------------------------------------------------
 
@@ -143,13 +146,34 @@ class Call:
             raise ValueError(
                 f"b has shape {tuple(b.shape)} and M {tuple(M.shape)}; give b of shape ({M.shape[1]}, n_hists)"
             )
-        starts = self._starts(b.shape[1])
-        parts = [self._solve(a, b[:, k], M, reg, self._warm(start, M, reg)) for k, start in enumerate(starts)]
-        values = home.back(torch.stack([part.linear for part in parts]))
+        if self.warmstart is None and self._mild(M, reg):
+            values, parts = self._side_by_side(a, b, M, reg)
+        else:
+            starts = self._starts(b.shape[1])
+            parts = [self._solve(a, b[:, k], M, reg, self._warm(start, M, reg)) for k, start in enumerate(starts)]
+            values = torch.stack([part.linear for part in parts])
+        values = home.back(values)
         if not self.log:
             return values
         logs = [self.method.log(part, Home(False), reg) for part in parts]
         return values, {key: self._together(home, [log[key] for log in logs]) for key in self._keys(logs[0])}
+
+    @staticmethod
+    def _mild(M: Tensor, reg: Any) -> bool:
+        """Whether exp(-M / reg) surely keeps all its entries, and problems side by side need no more than it."""
+        return float(M.detach().abs().max()) <= SIDE_BY_SIDE.get(M.dtype, 0.0) * float(reg)
+
+    def _side_by_side(self, a: Tensor, b: Tensor, M: Tensor, reg: Any) -> tuple[Tensor, list[Solved]]:
+        """The values, and each target as if solved by itself, of one solve for all."""
+        levelled = [balanced(a, column, self.warn) for column in b.T]
+        whole = couple(
+            a, torch.stack([column for column, _ in levelled]), M, reg, Ask(self.stop, self.most), warn=self.warn
+        )
+        parts = [whole.part(k) for k in range(b.shape[1])]
+        for part, (_, differ) in zip(parts, levelled, strict=True):
+            part.show(self.verbose)
+            part.complain(self.warn and not differ)
+        return whole.linear, parts
 
     def _keys(self, log: dict[str, Any]) -> list[str]:
         return [key for key in log if self.method is not LOG or key not in ("err", "niter")]
