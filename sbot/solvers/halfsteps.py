@@ -51,12 +51,12 @@ class State:
     """The problem and where the iteration is; potentials in cost units, ``(*b, n)`` and ``(*b, m)``.
 
     ``eps`` is a number, or ``(*b,)``.  ``slack`` says how many times looser the tolerance of each problem is than that of the
-    solve, ``(*b,)``: errors are measured in it.  ``model`` is where the conditional laws are kept, None where iterations
-    stream.  ``rows`` and ``columns`` are the masses of the plan, in float64; ``fresh`` says whether they are those of the
-    present g, ``known`` whether the model is; ``roomless`` is the smallest eps at which there was no room for one.  ``correct``
-    improves a half-step where iterations stream, see `cells.Correction`; ``stiff`` remembers that conjugate gradients did not
-    do.  ``mass`` is what a partial plan carries, ``(*b,)``; ``lse`` and ``height`` are then what its pass found, and ``f / eps``,
-    in float64; ``caps`` are the last ones of f and g, ``(*b, 1)``, in units of eps.
+    solve, ``(*b,)``: errors are measured in it.  ``tolerance`` is the error to stop at.  ``model`` is where the conditional laws
+    are kept, None where iterations stream.  ``rows`` and ``columns`` are the masses of the plan, in float64; ``fresh`` says
+    whether they are those of the present g, ``known`` whether the model is; ``roomless`` is the smallest eps at which there was
+    no room for one.  ``correct`` improves a half-step where iterations stream, see `cells.Correction`; ``stiff`` remembers that
+    conjugate gradients did not do.  ``mass`` is what a partial plan carries, ``(*b,)``; ``lse`` and ``height`` are then what its
+    pass found, and ``f / eps``, in float64; ``caps`` are the last ones of f and g, ``(*b, 1)``, in units of eps.
     """
 
     kernel: LogKernel
@@ -67,6 +67,7 @@ class State:
     model: Conditionals | None = None
     eps: Eps = 1.0
     slack: Eps = 1.0
+    tolerance: float = 0.0
     iterations: int = 0
     passes: int = 0
     roomless: float = math.inf
@@ -149,7 +150,8 @@ class State:
         kernel = self.kernel.take(index)
         model = None if self.model is None else self.model.like(kernel)
         eps, slack = (part[index] if isinstance(part, Tensor) else part for part in (self.eps, self.slack))
-        part = State(kernel, self.a[index], self.b[index], self.rho, self.g[index], model, eps, slack, self.iterations)
+        part = State(kernel, self.a[index], self.b[index], self.rho, self.g[index], model, eps, slack, self.tolerance)
+        part.iterations = self.iterations
         part.mass = None if self.mass is None else self.mass[index]
         part.settle()
         return part
@@ -394,8 +396,10 @@ class HalfSteps(Step):
     """
 
     name = "half-steps"
-    #: iterations between two looks at the error; the first comes sooner
+    #: iterations between two looks at the error, at most: the first two come sooner, and one where it is foreseen to be met
     every = 4
+    #: of the tolerance, what is waited for: results have some digits more than are asked for
+    beyond = 0.01
 
     def __init__(self) -> None:
         self._pace: Pace | None = None
@@ -423,13 +427,13 @@ class HalfSteps(Step):
         aim: Hard = kind(state, goal, as_vector)
         u, v, sums = as_vector(torch.ones_like(state.rows)), as_vector(torch.ones_like(state.columns)), weights
         found, lacking = columns, _lacking(state, near)
-        done, seen, stop, spread, worst = 0, 0, False, 0.0, math.inf
+        done, seen, due, stop, spread, worst = 0, 0, 2, False, 0.0, math.inf
         while done < most and not stop:
-            look = done == 1 or done % self.every == self.every - 1 or done == most - 1
-            u, v = aim.raise_columns(u, v, columns, omega)
+            look = done + 1 >= min(due, most)
+            v = aim.raise_columns(v, columns, omega)
             sums = _sums(products, v, near)
             # where the error is looked at, f is exact as everywhere else
-            u = aim.raise_rows(u, sums, None if look else omega)
+            u, v, sums = aim.raise_rows(u, v, sums, None if look else omega)
             columns = _columns(products, u, weights, found, near, lacking)
             done += 1
             if look:
@@ -444,6 +448,7 @@ class HalfSteps(Step):
                 stop = check(state.iterations + done, worst)
                 pace.look(errors, done - seen)
                 seen, omega = done, pace.omega
+                due = done + (2 if done == 2 else self._wait(worst, self.beyond * state.tolerance, pace.fall))
                 if not stop and not near and not model.exact and worst <= ROUNDED:
                     break
         state.move(as_tensor(v).log())
@@ -456,6 +461,12 @@ class HalfSteps(Step):
             state.f = torch.where(state.live[0], f, 0.0) if state.zeros else f
             state.translate()
         return stop
+
+    def _wait(self, error: float, goal: float, fall: float) -> int:
+        """Iterations until the next look, of which each lowers the logarithm of the error by ``fall``."""
+        if not 0 < goal < error or fall <= 0:
+            return self.every
+        return max(1, min(self.every, math.ceil(math.log(error / goal) / fall)))
 
     def half(self, state: State, v: Tensor) -> Tensor:
         """Of a partial plan, what a half-step on each side from ``v``, on the model, adds to ``g / eps``."""

@@ -30,13 +30,13 @@ class Hard:
         # 1 at an atom of zero weight, where v is 0
         self.gone = as_vector((~state.live[1]).double()) if state.zeros else None
 
-    def raise_columns(self, u: Any, v: Any, columns: Any, omega: Eps | None) -> tuple[Any, Any]:
-        """u and v after the half-step of g, over-relaxed by ``omega``."""
-        return u, half_step(v, self.goal, columns, 1.0, omega)
+    def raise_columns(self, v: Any, columns: Any, omega: Eps | None) -> Any:
+        """v after the half-step of g, over-relaxed by ``omega``."""
+        return half_step(v, self.goal, columns, 1.0, omega)
 
-    def raise_rows(self, u: Any, sums: Any, omega: Eps | None) -> Any:
-        """u after the half-step of f."""
-        return half_step(u, 1.0, sums, 1.0, omega)
+    def raise_rows(self, u: Any, v: Any, sums: Any, omega: Eps | None) -> tuple[Any, Any, Any]:
+        """u after the half-step of f, and with it v and what it makes the sums of rows."""
+        return half_step(u, 1.0, sums, 1.0, omega), v, sums
 
     def range(self, v: Any) -> tuple[Any, Any]:
         """The least and the largest of v, at atoms that have weight."""
@@ -52,27 +52,27 @@ class Relaxed(Hard):
     """Marginals that are encouraged, on one side at least: half-steps are damped, and the goal moves with the potential.
 
     A constant between f and g would move by a factor ``rho / (rho + eps)`` in each half-step, which is hardly at all for small
-    eps: it is set to the dual optimum between them (Sejourne, Vialard and Peyre 2022).  In logarithms that is `State.imbalance`.
+    eps.  It is set to the dual optimum (Sejourne, Vialard and Peyre 2022) together with the half-step of f: of g moved by a
+    constant c, that is moved by -lambda c, so that both are optimal at once, and no error is left in that direction.
     """
 
     def __init__(self, state: State, goal: Any, as_vector: Callable[[Tensor], Any]) -> None:
         super().__init__(state, goal, as_vector)
         self.damp = state.damp
         self.powers = tuple(0.0 if math.isinf(rho) else state.unit / rho for rho in state.rho)
-        self.power = 1 / (self.powers[0] + self.powers[1])
         self.goals = as_vector(target_weights(state.a.double(), state.f.double(), state.rho[0])), goal
         #: what keeps the power of a scaling that is 0 finite, where there is one; and the sum of a product
         self.least = TINY if any(bool((part == 0).any()) for part in self.goals) else 0.0
         self.dot = np.dot if isinstance(goal, np.ndarray) else _dot
 
-    def raise_columns(self, u: Any, v: Any, columns: Any, omega: Eps | None) -> tuple[Any, Any]:
-        v = half_step(v, self.goal, columns, self.damp[1], omega)
-        one, two = (self.dot(self.goals[side], self._fall(side, scaling)) for side, scaling in enumerate((u, v)))
-        shift = (one / two) ** self.power
-        return u * shift, v / shift
+    def raise_columns(self, v: Any, columns: Any, omega: Eps | None) -> Any:
+        return half_step(v, self.goal, columns, self.damp[1], omega)
 
-    def raise_rows(self, u: Any, sums: Any, omega: Eps | None) -> Any:
-        return half_step(u, 1.0, sums, self.damp[0], omega)
+    def raise_rows(self, u: Any, v: Any, sums: Any, omega: Eps | None) -> tuple[Any, Any, Any]:
+        u, follows = half_step(u, 1.0, sums, self.damp[0], omega), self.damp[0] * (1 if omega is None else omega)
+        one, two = (self.dot(self.goals[side], self._fall(side, scaling)) for side, scaling in enumerate((u, v)))
+        shift = (two / one) ** (1 / (follows * self.powers[0] + self.powers[1]))
+        return u / shift**follows, v * shift, sums * shift
 
     def errors(self, masses: Any, v: Any) -> Any:
         goal = self.goal * self._fall(1, v)
@@ -94,11 +94,11 @@ class Bounded(Hard):
         super().__init__(state, goal, as_vector)
         self.state = state
 
-    def raise_columns(self, u: Any, v: Any, columns: Any, omega: Eps | None) -> tuple[Any, Any]:
-        return u, self.state.rise(columns.log()).exp_()
+    def raise_columns(self, v: Any, columns: Any, omega: Eps | None) -> Any:
+        return self.state.rise(columns.log()).exp_()
 
-    def raise_rows(self, u: Any, sums: Any, omega: Eps | None) -> Any:
-        return (self.state.lower(self.state.lse + sums.log()) - self.state.height).exp_()
+    def raise_rows(self, u: Any, v: Any, sums: Any, omega: Eps | None) -> tuple[Any, Any, Any]:
+        return (self.state.lower(self.state.lse + sums.log()) - self.state.height).exp_(), v, sums
 
     def errors(self, masses: Any, v: Any) -> Any:
         there = v if self.gone is None else v + self.gone

@@ -153,7 +153,7 @@ class Sinkhorn(Solver):
             reason, counts = "max_iter", dict.fromkeys((Exact.name, HalfSteps.name, Newton.name), 0)
             for k, (eps, tolerance) in enumerate(stages):
                 last = k == len(stages) - 1
-                state.eps, state.slack = eps, goal.slack_at(tolerance)
+                state.eps, state.slack, state.tolerance = eps, goal.slack_at(tolerance), tolerance
                 watch = _Watch(state.largest, tolerance, last, goal.reach, problem.dtype, history, report)
                 self._stage(state, last, watch, counts, problem if _may_leave_no_plan(problem) else None)
                 reason = watch.reason
