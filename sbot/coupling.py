@@ -311,12 +311,15 @@ class DiscreteCoupling(Coupling):
         once = None
         if not self._attached and (empty := self._empty_wanted()) is not None:
             once = f"the cost has first derivatives only where {empty}; drop these atoms"
-        f, g = self.dual_values() if once else self.attached_values() if self._attached else self._following()
-        value: Tensor = _Value.apply(self, once, [], f, g, *inputs)  # type: ignore[no-untyped-call]
+        # how they follow the data is of use to second derivatives only, and inside transforms out of their sight later
+        eager = not once and (self._attached or transformed())
+        value: Tensor = _Value.apply(self, once, [], *(self.following() if eager else self.dual_values()), *inputs)  # type: ignore[no-untyped-call]
         return value
 
-    def _following(self) -> tuple[Tensor, Tensor]:
-        """`attached_values` of potentials that are not attached."""
+    def following(self) -> tuple[Tensor, Tensor]:
+        """`attached_values`, of potentials that are not attached too."""
+        if self._attached:
+            return self.attached_values()
         values = self.dual_values()
         moving = zip(values, self._moving(*values), (self._mu.weights, self._nu.weights), strict=True)
         # at an atom of zero weight a c-transform, and a constant
@@ -799,7 +802,8 @@ class _Value(torch.autograd.Function):
         wanted = ctx.needs_input_grad[5:]
 
         def number(*moved: Tensor) -> Tensor:
-            value: Tensor = ctx.coupling.written_out(f, g, *derivatives.filled(inputs, wanted, moved))
+            at = (f, g) if f.requires_grad or g.requires_grad or transformed() else ctx.coupling.following()
+            value: Tensor = ctx.coupling.written_out(*at, *derivatives.filled(inputs, wanted, moved))
             return (grads[0] * value).sum()
 
         def stream() -> list[Tensor | None]:

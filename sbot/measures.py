@@ -5,6 +5,7 @@ Shapes: ``n`` atoms in dimension ``d``, and optional leading batch dimensions ``
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import numbers
@@ -221,8 +222,14 @@ class Discrete(Measure):
         def move(part: Tensor) -> Tensor:
             return part.to(dtype=dtype, device=device)
 
-        points = None if self.points is None else once(self.points, move, 2)
-        return Discrete(points, once(self.weights, move, 1), sizes=self.sizes)
+        points, weights = None if self.points is None else once(self.points, move, 2), once(self.weights, move, 1)
+        if weights.device != self.device or torch.promote_types(weights.dtype, self.dtype) != weights.dtype:
+            return Discrete(points, weights, sizes=self.sizes)
+        # what was right stays right
+        out = copy.copy(self)
+        out.points, out.weights, out.dtype = points, weights, weights.dtype
+        out.source_dtype = out.dtype
+        return out
 
     @property
     def mask(self) -> Tensor:

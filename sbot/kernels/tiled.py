@@ -183,9 +183,7 @@ def _multiplied(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
 
 
 def _middle(points: Tensor) -> Tensor:
-    """In each coordinate the mean of the middle half, ``(*b, 1, d)``; of some of the points where they are many."""
+    """In each coordinate about the median, ``(*b, 1, d)``; of some of the points where they are many."""
     some = points[..., :: max(1, -(-points.shape[-2] // SHOWN)), :]
-    cut = some.shape[-2] // 4
-    if not cut:
-        return some.mean(-2, keepdim=True)
-    return some.sort(-2).values[..., cut:-cut, :].mean(-2, keepdim=True)
+    half = some.shape[-2] // 2
+    return some.sort(-2).values[..., half : half + 1, :]

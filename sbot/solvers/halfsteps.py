@@ -453,7 +453,7 @@ class HalfSteps(Step):
                     break
         state.move(as_tensor(v).log())
         state.iterations += done
-        if stop and not bounded and (near or model.exact) and model.resolves(spread, worst):
+        if stop and not bounded and model.resolves(spread if near else max(spread, 1.0), worst):
             state.land(as_tensor(u).log(), as_tensor(weights * u * sums), as_tensor(columns * v))
         else:
             # the constant to move depends on f, which has moved with g
