@@ -188,6 +188,7 @@ class _Powers(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         ctx.p, ctx.power, x, y = inputs
+        ctx.within = x is y
         ctx.save_for_backward(x, y, output)
 
     @staticmethod
@@ -204,6 +205,8 @@ class _Powers(torch.autograd.Function):
             if power != 1:
                 distance = found.pow(1 / power)
                 slope = torch.where(found > 0, grad * power * distance.pow(power - 1), 0.0)
+            if ctx.within:  # distances are symmetric: all of the gradient is that of the rows
+                return [torch.ops.aten._cdist_backward(slope + slope.mT, x, x, p, distance), None]
             sides = (x, y, slope, distance), (y, x, slope.mT, distance.mT)
             return [
                 torch.ops.aten._cdist_backward(w.contiguous(), here, there, p, d.contiguous()) if asked else None
