@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import sbot
+from sbot.kernels import DenseKernel, TiledKernel
 
 from ..conftest import clouds, half_squares, weights
 
@@ -96,3 +97,57 @@ def test_hessian_vector_products(cost, mode, dtype, generator):
             have, expected = have - have.mean(), expected - expected.mean()
         error, scale = float((have - expected).abs().max()), float(expected.abs().max())
         assert error <= (1e-7 if dtype == torch.float64 else 1e-4) * max(scale, 1e-1), k
+
+
+def passes(monkeypatch):
+    """Counts tiles of logits as they are made."""
+    made = []
+    for kind in (TiledKernel, DenseKernel):
+        whole = kind.logits
+        monkeypatch.setattr(kind, "logits", lambda *args, whole=whole: made.append(1) or whole(*args))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("cost", "own"),
+    [(None, 0), (sbot.Lp(1), 1), ("matrix", 0), ("one matrix", 1)],
+    ids=["points", "L1", "matrix", "shared"],
+)
+def test_a_value_and_its_slopes_take_one_pass_where_slopes_are_cheap(cost, own, generator, monkeypatch):
+    """Elsewhere the backward pass makes one of its own; a batch gets what each problem gets alone, weighted."""
+    x = torch.randn(3, 11, 2, generator=generator, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(3, 13, 2, generator=generator, dtype=torch.float64)
+    weights, eps = torch.tensor([0.3, -2.0, 1.0], dtype=torch.float64), torch.tensor(0.7, dtype=torch.float64)
+    eps.requires_grad_()
+    leaf, posed = x, lambda part, k: (part[k], y[k], cost)
+    if isinstance(cost, str):
+        leaf = torch.rand(*(() if "one" in cost else (3,)), 11, 13, generator=generator, dtype=torch.float64)
+        leaf.requires_grad_()
+        uniform = torch.full((3, 11), 1 / 11, dtype=torch.float64), torch.full((3, 13), 1 / 13, dtype=torch.float64)
+        posed = lambda part, k: (uniform[0][k], uniform[1][k], part if "one" in cost else part[k])  # noqa: E731
+
+    def value(part, k):
+        mu, nu, charge = posed(part, k)
+        return sbot.solve_bridge(mu, nu, eps, cost=charge, solver=sbot.Sinkhorn(tol=1e-12)).cost()
+
+    loss = (weights * value(leaf, slice(None))).sum()
+    made = passes(monkeypatch)
+    got = torch.autograd.grad(loss, (leaf, eps), retain_graph=True)
+    assert len(made) == own
+    again = torch.autograd.grad(loss, (leaf, eps))
+    want = torch.autograd.grad(sum(w * value(leaf, k) for k, w in enumerate(weights)), (leaf, eps))
+    for one, two, three in zip(got, again, want, strict=True):
+        torch.testing.assert_close(one, three, rtol=1e-9, atol=1e-11)
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("p", [1.0, 1.5, 2.0, math.inf])
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+def test_distances_within_a_cloud_have_the_slopes_of_two(p, power, generator):
+    x = torch.randn(2, 7, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    y = x.detach().clone().requires_grad_()
+    at = torch.randn(2, 7, 7, generator=generator, dtype=torch.float64)
+    cost = sbot.Lp(p, power)
+    within = torch.autograd.grad((at * cost.matrix(x, x)).sum(), x)[0]
+    one, two = torch.autograd.grad((at * cost.matrix(x, y)).sum(), (x, y))
+    torch.testing.assert_close(within, one + two, rtol=1e-12, atol=1e-13)

@@ -10,6 +10,8 @@ import torch
 
 import sbot
 from sbot import divergence
+from sbot.kernels import LogKernel
+from sbot.relaxed import damping
 
 from ..conftest import clouds, half_squares, spd, weights
 
@@ -444,3 +446,22 @@ def test_a_self_term_needs_few_passes_and_no_other_solver(memory, eps, generator
     costs = [half_squares(*pair) for pair in ((x, y), (x, x), (y, y))]
     terms = [plain(p, q, c, eps) for (p, q), c in zip(((a, b), (a, a), (b, b)), costs, strict=True)]
     assert abs(float(value) - float(terms[0] - (terms[1] + terms[2]) / 2)) <= 1e-8
+
+
+@pytest.mark.parametrize("cost", [sbot.Quadratic(), sbot.Lp(2)], ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("relax", [None, 0.7])
+def test_a_self_term_of_a_small_problem_is_one_pass(cost, dtype, relax, generator, monkeypatch):
+    """The rest is worked out on its laws, and the half-step of what they end at is where it is."""
+    x = torch.randn(40, 2, generator=generator, dtype=dtype)
+    problem = sbot.Problem.of(x, x, 0.5, cost=cost, relax=relax)
+    passes, whole = [], LogKernel.conditionals
+    monkeypatch.setattr(LogKernel, "conditionals", lambda *args: passes.append(1) or whole(*args))
+    tolerance = math.sqrt(torch.finfo(dtype).eps)
+    found = divergence._alone(problem, sbot.Sinkhorn(), tolerance, lambda _: None)
+    assert len(passes) == 1 and found.converged and found.error <= tolerance
+    p, a = found.values.double(), problem.mu.weights.double()
+    c, rho = cost.matrix(x.double(), x.double()), INF if relax is None else relax
+    half = -damping(rho, 0.5) * 0.5 * (a.log() + (p - c) / 0.5).logsumexp(-1)
+    off = 2 * (a * torch.expm1((p - half) / (damping(rho, 0.5) * 0.5)).abs()).sum()
+    assert float(off) <= 1.1 * tolerance

@@ -187,6 +187,49 @@ def test_over_relaxation_learns_the_rate():
     assert error < theta**60 * 1e-3
 
 
+def test_the_pace_of_one_problem_is_that_of_a_batch():
+    errors = torch.rand(12, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64).cumprod(0)
+    errors[6, 1] = 2.0  # it grew
+    together, alone = Pace(errors[0]), [Pace(errors[0, k]) for k in range(3)]
+    for row in errors[1:]:
+        together.look(row, 4)
+        for k, pace in enumerate(alone):
+            pace.look(row[k], 4)
+            assert isinstance(pace.factor, float)
+        assert [pace.factor for pace in alone] == pytest.approx(together.factor.tolist(), rel=1e-14)
+        assert [pace.looks for pace in alone] == together.looks.tolist()
+        omega = together.omega
+        assert [pace.omega or 1.0 for pace in alone] == pytest.approx(
+            [1.0] * 3 if omega is None else omega[:, 0].tolist()
+        )
+
+
+RELAXED = [(1e-3, 1e-3), (1.0, 1.0), (1e3, 1e3), (0.1, 10.0), (INF, 2.0), (2.0, INF)]
+
+
+@pytest.mark.parametrize("rho", RELAXED, ids=str)
+@pytest.mark.parametrize("batch", [(), (2,)], ids=str)
+def test_no_error_is_left_in_the_constant_between_the_potentials(rho, batch, generator):
+    """Where all pairs cost the same a solution is two constants, and one iteration finds both, whatever the masses are."""
+    a, b = (scale * weights(*batch, n, generator=generator) for n, scale in ((7, 1.0), (9, 3.0)))
+    kernel = DenseKernel(torch.full((*batch, 7, 9), 0.4, dtype=torch.float64))
+    state = State(kernel, a, b, rho, torch.zeros_like(b), Conditionals(kernel, 2**30), eps=1.0)
+    state.settle()
+    assert state.error() > 1e-3
+    HalfSteps().advance(state, 1, lambda *_: True)
+    state.settle()
+    assert state.error() < 1e-13 * max(1.0, 1 / min(rho))
+    assert float(state.imbalance(state.g).abs().max()) < 1e-12 * max(1.0, min(rho))
+
+
+@pytest.mark.parametrize("rate", [1e-1, 1e-3, 1e-7])
+def test_the_error_is_looked_at_where_it_is_foreseen_to_be_small(rate):
+    """No later than four iterations on, and no sooner than it is a hundredth of the tolerance."""
+    wait = HalfSteps()._wait(1e-6, 1e-10, -math.log(rate))
+    assert wait == min(4, math.ceil(math.log(1e-4) / math.log(rate)))
+    assert HalfSteps()._wait(1e-6, 0.0, 1.0) == HalfSteps()._wait(1e-6, 1e-10, 0.0) == 4
+
+
 def test_no_pass_finds_what_is_not_there(generator):
     """An atom of nu a thousand e-folds beyond all others: its column underflows and is found in the log domain."""
     x = torch.rand(20, 1, generator=generator, dtype=torch.float64)
