@@ -61,8 +61,8 @@ class Relaxed(Hard):
         self.damp = state.damp
         self.powers = tuple(0.0 if math.isinf(rho) else state.unit / rho for rho in state.rho)
         self.goals = as_vector(target_weights(state.a.double(), state.f.double(), state.rho[0])), goal
-        #: what keeps the power of a scaling that is 0 finite, where there is one; and the sum of a product
-        self.least = TINY if any(bool((part == 0).any()) for part in self.goals) else 0.0
+        # scalings may be 0 where goals are, and their powers infinite
+        self.empty = tuple(part == 0 if bool((part == 0).any()) else None for part in self.goals)
         self.dot = np.dot if isinstance(goal, np.ndarray) else _dot
 
     def raise_columns(self, v: Any, columns: Any, omega: Eps | None) -> Any:
@@ -80,7 +80,7 @@ class Relaxed(Hard):
 
     def _fall(self, side: int, scaling: Any) -> Any:
         """``e^{-f / rho}`` for an f moved by ``eps log u``, over what it was before; or that of g and v."""
-        return (scaling + self.least if self.least else scaling) ** -self.powers[side]
+        return (scaling if self.empty[side] is None else scaling + self.empty[side]) ** -self.powers[side]
 
 
 def _dot(one: Tensor, two: Tensor) -> Tensor:
