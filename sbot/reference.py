@@ -291,6 +291,12 @@ class Brownian(LinearReference):
     def cost(self) -> Cost:
         return Quadratic()
 
+    def log_normaliser(self, d: int, eps: Eps, like: Tensor) -> Tensor:
+        if isinstance(eps, Tensor):
+            return super().log_normaliser(d, eps, like)
+        # asked for with every solve, and known without a tensor
+        return torch.tensor(d / 2 * math.log(2 * math.pi * eps), dtype=like.dtype, device=like.device)
+
     def __repr__(self) -> str:
         return "Brownian()"
 
