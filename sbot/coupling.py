@@ -775,7 +775,7 @@ class _Value(torch.autograd.Function):
     """The dual at potentials that follow the data: by the envelope theorem their motion has no part in the first derivative, and
     is all of the rest of the second.
 
-    The first derivative streams.  Where it is cheap it is found in the pass that finds the value, and ``kept``.
+    The first derivative streams.  Where it is cheap it is found in the pass that finds the value, and saved by way of ``kept``.
     ``once`` says why there is no second one, where there is none.
     """
 
@@ -790,16 +790,17 @@ class _Value(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.coupling, ctx.once, ctx.kept, f, g, eps, *rest = inputs
+        ctx.coupling, ctx.once, kept, f, g, eps, *rest = inputs
         ctx.eps = None if isinstance(eps, Tensor) else eps
-        ctx.save_for_backward(f, g, eps if ctx.eps is None else None, *rest)
+        ctx.save_for_backward(f, g, eps if ctx.eps is None else None, *rest, *kept)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         refuse_vmap(grads[0], "the gradient of the cost")
-        f, g, given, *rest = ctx.saved_tensors
-        inputs = [ctx.eps if given is None else given, *rest]
         wanted = ctx.needs_input_grad[5:]
+        f, g, given, *saved = ctx.saved_tensors
+        rest, kept = saved[: len(wanted) - 1], saved[len(wanted) - 1 :] or [None] * len(wanted)
+        inputs = [ctx.eps if given is None else given, *rest]
 
         def number(*moved: Tensor) -> Tensor:
             at = (f, g) if f.requires_grad or g.requires_grad or transformed() else ctx.coupling.following()
@@ -807,12 +808,12 @@ class _Value(torch.autograd.Function):
             return (grads[0] * value).sum()
 
         def stream() -> list[Tensor | None]:
-            scale, kept = grads[0], ctx.kept or [None] * len(inputs)
+            scale = grads[0]
             found = [None if part is None else part * along(scale, part.ndim - scale.ndim) for part in kept]
             left = [asked and part is None for asked, part in zip(wanted, found, strict=True)]
             if any(left):
-                rest = ctx.coupling._dual_at(f, g, inputs, left, scale)[1]
-                found = [one if two is None else two for one, two in zip(found, rest, strict=True)]
+                more = ctx.coupling._dual_at(f, g, inputs, left, scale)[1]
+                found = [one if two is None else two for one, two in zip(found, more, strict=True)]
             eps = linalg.plain(inputs[0])
             return [share_of(inputs[0], None if found[0] is None else eps * found[0], eps), *found[1:]]
 

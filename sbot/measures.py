@@ -223,9 +223,9 @@ class Discrete(Measure):
             return part.to(dtype=dtype, device=device)
 
         points, weights = None if self.points is None else once(self.points, move, 2), once(self.weights, move, 1)
-        if weights.device != self.device or torch.promote_types(weights.dtype, self.dtype) != weights.dtype:
+        if weights.device != self.device or (self.dtype, weights.dtype) != (torch.float32, torch.float64):
             return Discrete(points, weights, sizes=self.sizes)
-        # what was right stays right
+        # what was right stays right in a wider dtype
         out = copy.copy(self)
         out.points, out.weights, out.dtype = points, weights, weights.dtype
         out.source_dtype = out.dtype

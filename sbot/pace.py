@@ -53,8 +53,8 @@ class Pace:
             return None if self.factor == 1 else self.factor
         return None if np.all(self.factor == 1) else torch.from_numpy(self.factor).to(self.like)[..., None]
 
-    def goes_on(self, errors: Tensor) -> bool:
-        """Whether ``errors`` are those of the same problems; they are then the last ones."""
+    def resume(self, errors: Tensor) -> bool:
+        """Go on from these ``errors``; whether they are those of as many problems, and it can."""
         now = _numbers(errors)
         if np.shape(now) != np.shape(self.last):
             return False

@@ -277,11 +277,11 @@ class LogKernel(ABC):
         The row masses are ``r_i = weights_i exp(power lse_i)``, with a power for all or ``(*b, 1)``: the number 0 prescribes
         them.  ``weights`` may be a function of the lse of all rows where they are in one tile.  What one pass can know of P is
         returned, and ``keep`` is shown the tiles of K, each gone when the next is made, or none where there is a `gibbs`
-        kernel, of which all that is returned is then made.  Memory is one tile; where there is
+        kernel of which all that is returned is then made.  Memory is one tile; where there is
         ``room``, ``(*b, n, m)``, the tiles are made and left there.  Entries of K below ``2^FLOOR`` may be raised to it: a
         column mass of that size says only that the mass is smaller.
         """
-        shared = self.gibbs(bias, eps)
+        shared = None if keep is None else self.gibbs(bias, eps)
         if shared is not None:
             return _shared_pass(shared, bias, weights, power)
         lse = torch.empty((*self.batch_shape, self.shape[0]), dtype=self.dtype, device=self.device)
@@ -355,7 +355,7 @@ def _shared_pass(shared: Tensor, bias: Tensor, weights: Tensor | Callable[[Tenso
         scaling = bias.exp()
         total = linalg.product(shared, scaling)
         lse = total.log()
-        mass = _row_masses(weights, power, lse)
+        mass = torch.empty_like(lse).copy_(_row_masses(weights, power, lse))
         share, columns = mass / total, torch.zeros(bias.shape, dtype=torch.float64, device=bias.device)
         step = ADDED if bias.dtype == torch.float32 else len(shared)
         for start in range(0, len(shared), step):

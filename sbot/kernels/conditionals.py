@@ -53,7 +53,7 @@ class Laws(NamedTuple):
 
     def scaled(self, rows: Tensor, columns: Tensor) -> Tensor:
         """``r_i K_ij c_j``, in the place of a K that is not shared."""
-        if rows.ndim == self.laws.ndim:
+        if self.laws.ndim <= rows.ndim:
             return rows[..., None] * self.laws * columns[..., None, :]
         return self.laws.mul_(rows[..., None]).mul_(columns[..., None, :])
 
@@ -83,14 +83,22 @@ class Conditionals:
         small = self.pairs <= (DOUBLE_WHERE_FEW if few else DOUBLE)
         kept = torch.float64 if small and 8 * self.pairs <= memory else torch.float32
         fits = kept.itemsize * self.pairs <= memory
-        self.dense = torch.empty((*self.batch_shape, *self.shape), dtype=kept, device=self.device) if fits else None
-        self._may_share = isinstance(kernel, DenseKernel) and kernel.shares
+        one = kernel.stored if isinstance(kernel, DenseKernel) and kernel.shares else None
+        self._may_share = one is not None and one.numel() * one.itemsize <= memory
+        # what problems share may be all that is ever kept of them
+        self._later = kept if fits and self._may_share else None
+        self.dense = self._empty(kept) if fits and not self._may_share else None
         self._unrounded = kept == kernel.dtype == torch.float64
-        #: whether entries below `LEAST` are missing, which may be all of a column
-        self.cut = kept == torch.float32 and kernel.dtype == torch.float64
+        self._cut = kept == torch.float32 and kernel.dtype == torch.float64
         # a pass may be made in place: where it is sure to stay, or so small that it is no loss where it does not
         whole = not self.batch_shape or kernel.whole
-        self._in_place = fits and kept == kernel.dtype and whole and kernel.by_rows and (small or not self.sparse_works)
+        self._in_place = (
+            self.dense is not None
+            and kept == kernel.dtype
+            and whole
+            and kernel.by_rows
+            and (small or not self.sparse_works)
+        )
         self._pieces: list[tuple[Tensor, Tensor, Tensor]] | None = None
         self._rows: Tensor | None = None
         self._columns: Tensor | None = None
@@ -98,6 +106,14 @@ class Conditionals:
         self._shared: _Shared | None = None
         self._made_with: tuple[Tensor, ...] = ()
         self.share = 1.0
+
+    def _empty(self, dtype: torch.dtype) -> Tensor:
+        return torch.empty((*self.batch_shape, *self.shape), dtype=dtype, device=self.device)
+
+    @property
+    def cut(self) -> bool:
+        """Whether entries below `LEAST` are missing, which may be all of a column."""
+        return self._cut and self._shared is None
 
     def like(self, kernel: LogKernel) -> Conditionals:
         """An empty one for another kernel, with the same memory."""
@@ -150,6 +166,8 @@ class Conditionals:
 
     def keep(self, rows: slice, tile: Tensor) -> bool:
         """Take a tile of rows, which may be those of `room`; whether there is room for more.  See `LogKernel.conditionals`."""
+        if self._later is not None:
+            self.dense, self._later = self._empty(self._later), None
         placed = self.dense is not None and tile._base is self.dense
         if self._pieces is not None:
             flat = tile.reshape(-1)

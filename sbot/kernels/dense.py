@@ -12,7 +12,7 @@ from ..linalg import Eps
 from .base import LN2, LogKernel
 
 #: Entries up to which a gradient in the matrix is of no account.
-SMALL = 2**20
+LIGHT = 2**20
 
 
 @final
@@ -82,7 +82,7 @@ class DenseKernel(LogKernel):
 
     @property
     def pulls_quickly(self) -> bool:
-        return not self.shares and self.size <= SMALL
+        return self.stored.ndim == self.matrix.ndim and self.size <= LIGHT
 
     def bound(self) -> float:
         return self._largest if self.ends is None else max(map(abs, self.ends))

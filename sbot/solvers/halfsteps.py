@@ -478,7 +478,7 @@ class HalfSteps(Step):
     def _paced(self, state: State) -> Pace:
         """The pace of the last run where it goes on."""
         errors = state.errors()
-        if self._pace is None or not self._pace.goes_on(errors):
+        if self._pace is None or not self._pace.resume(errors):
             self._pace = Pace(errors)
         return self._pace
 

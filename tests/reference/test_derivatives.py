@@ -151,3 +151,46 @@ def test_distances_within_a_cloud_have_the_slopes_of_two(p, power, generator):
     within = torch.autograd.grad((at * cost.matrix(x, x)).sum(), x)[0]
     one, two = torch.autograd.grad((at * cost.matrix(x, y)).sum(), (x, y))
     torch.testing.assert_close(within, one + two, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("batch", [(2, 2), (3, 3), (1, 3), (2, 3)], ids=str)
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_a_matrix_that_some_problems_of_a_batch_share(batch, n, generator):
+    """Its gradient is the sum of theirs, each with the weight of its problem."""
+    a, b = (sbot.Discrete(None, weights(*batch, k, generator=generator)) for k in (n, 5))
+    matrix = torch.rand(batch[1], n, 5, generator=generator, dtype=torch.float64).requires_grad_()
+    share = torch.randn(batch, generator=generator, dtype=torch.float64)
+
+    def value(cost):
+        bridge = sbot.solve_bridge(a, b, 0.5, cost=cost, solver=sbot.Sinkhorn(tol=1e-12))
+        return (share * bridge.cost()).sum()
+
+    got = torch.autograd.grad(value(matrix), matrix)[0]
+    own = matrix.detach().expand(*batch, n, 5).clone().requires_grad_()
+    torch.testing.assert_close(got, torch.autograd.grad(value(own), own)[0].sum(0), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("cost", [None, sbot.Lp(1)], ids=["points", "L1"])
+def test_transforms_weight_the_problems_of_a_batch(cost, generator):
+    x, y = (torch.randn(3, n, 2, generator=generator, dtype=torch.float64) for n in (6, 7))
+    a, b = weights(3, 6, generator=generator), weights(3, 7, generator=generator)
+    share, eps = torch.tensor([0.3, -2.0, 1.0], dtype=torch.float64), torch.tensor(0.7, dtype=torch.float64)
+
+    def value(x, a, b, eps):
+        return (
+            share * sbot.solve_bridge((x, a), (y, b), eps, cost=cost, relax=1.0, solver=SOLVERS[x.dtype]).cost()
+        ).sum()
+
+    inputs = x, a, b, eps
+    got = torch.func.grad(value, argnums=(0, 1, 2, 3))(*inputs)
+    leaves = [part.clone().requires_grad_() for part in inputs]
+    for one, two in zip(got, torch.autograd.grad(value(*leaves), leaves), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-12)
+
+
+def test_slopes_are_let_go_with_the_graph(generator):
+    matrix = torch.rand(30, 40, generator=generator, dtype=torch.float64).requires_grad_()
+    value = sbot.solve_bridge(torch.ones(30).double() / 30, torch.ones(40).double() / 40, 0.5, cost=matrix).cost()
+    value.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        value.backward()

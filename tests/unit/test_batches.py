@@ -309,3 +309,46 @@ def test_shared_batches_are_kept_in_files(data, tmp_path, generator):
     cloud = sbot.solve_bridge(x[0], y, 0.2)
     cloud.save(tmp_path / "cloud.safetensors")
     assert torch.equal(sbot.load(tmp_path / "cloud.safetensors")[2].plan(), cloud[2].plan())
+
+
+def test_a_solve_leaves_the_weights_that_problems_share_alone(generator):
+    """Where one problem takes longer than the others, and its result is put in among theirs."""
+    t = torch.linspace(0, 1, 40, dtype=torch.float64)
+    b = torch.ones(4, 40, dtype=torch.float64) / 40
+    b[0] = torch.where(torch.arange(40) > 36, 1.0, 1e-3).double()
+    b[0] /= b[0].sum()
+    a = torch.rand(40, generator=generator, dtype=torch.float64).softmax(-1).requires_grad_()
+    problem = sbot.Problem.of(a, b, 0.05, cost=(t[:, None] - t) ** 2)
+    before = problem.mu.weights.detach().clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        one, two = (sbot.Sinkhorn(tol=1e-11).solve(problem).cost().sum() for _ in range(2))
+    assert torch.equal(problem.mu.weights, before)
+    (one + two).backward()
+
+
+@pytest.mark.parametrize("batch", [(3,), (2, 3)], ids=str)
+def test_a_plan_of_problems_that_share_a_matrix_may_be_lent(batch, generator):
+    a = torch.rand(*batch, 5, generator=generator, dtype=torch.float64).softmax(-1)
+    b = torch.rand(*batch, 6, generator=generator, dtype=torch.float64).softmax(-1)
+    problem = sbot.Problem.of(a, b, 0.5, cost=torch.rand(5, 6, generator=generator, dtype=torch.float64))
+    plain, lent = (sbot.Sinkhorn(tol=1e-12).solved(problem, lend=lend) for lend in (False, True))
+    assert lent.coupling._lent.laws.shape == (5, 6)
+    torch.testing.assert_close(lent.linear_cost(), plain.linear_cost(), rtol=1e-11, atol=0)
+    torch.testing.assert_close(lent.plan(), plain.plan(), rtol=1e-11, atol=0)
+    torch.testing.assert_close(lent.plan(), plain.plan(), rtol=1e-11, atol=0)
+
+
+def test_what_is_kept_of_problems_that_share_a_matrix_fits_the_memory(generator):
+    """No copy for each, and with no memory none at all; what is found is the same."""
+    a, b = (torch.rand(50, n, generator=generator, dtype=torch.float64).softmax(-1) for n in (20, 30))
+    problem = sbot.Problem.of(a, b, 0.5, cost=torch.rand(20, 30, generator=generator, dtype=torch.float64))
+    kernel = kernels.DenseKernel(problem.cost.values, (50,))
+    for memory, dense in ((0, False), (20 * 30 * 8, False), (2**30, False)):
+        model = kernels.Conditionals(kernel, memory)
+        assert (model.dense is not None) == dense
+        assert model.possible == (memory > 0)
+    made = []
+    for memory in (0, 20 * 30 * 8, 2**30):
+        made.append(sbot.Sinkhorn(tol=1e-11, memory=memory).solve(problem).potentials().f.values)
+        torch.testing.assert_close(made[-1], made[0], rtol=1e-8, atol=1e-9)

@@ -143,16 +143,16 @@ def test_several_targets_are_one_solve_and_as_each_by_itself(problem, method, re
     targets = torch.stack([b, b.flip(0), torch.full_like(b, 1.1 / 40)], 1)
     solved, whole = [], Sinkhorn.solved
     monkeypatch.setattr(Sinkhorn, "solved", lambda *args, **more: solved.append(1) or whole(*args, **more))
-    leaves = [part.clone().requires_grad_() for part in (a, targets, M)]
+    leaves = [part.clone().requires_grad_() for part in (a, targets, M, torch.tensor(reg, dtype=torch.float64))]
     with pytest.warns(UserWarning, match="a has the mass 1 and b 1.1") as told:
-        values, log = ot.sinkhorn(leaves[0], leaves[1], leaves[2], reg, method=method, log=True)
+        values, log = ot.sinkhorn(*leaves, method=method, log=True)
     assert len(solved) == 1 and len(told) == 1
     at = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
     got = torch.autograd.grad((at * values).sum(), leaves)
-    alone = [part.clone().requires_grad_() for part in (a, targets, M)]
+    alone = [part.detach().clone().requires_grad_() for part in leaves]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        each = [ot.sinkhorn2(alone[0], alone[1][:, k], alone[2], reg, method=method, log=True) for k in range(3)]
+        each = [ot.sinkhorn2(alone[0], alone[1][:, k], *alone[2:], method=method, log=True) for k in range(3)]
     close(values.detach(), [value.detach() for value, _ in each])
     for one, two in zip(
         got, torch.autograd.grad(sum(w * value for w, (value, _) in zip(at, each, strict=True)), alone), strict=True

@@ -113,3 +113,18 @@ def test_a_sampler_is_checked_at_every_draw():
 
 def test_images_are_events():
     assert sbot.Sampler(lambda n, g: torch.zeros(n, 1, 8, 8)).event_shape == (1, 8, 8)
+
+
+def test_a_wider_copy_is_a_measure_of_its_own(generator):
+    measure = sbot.Discrete(torch.rand(2, 5, 3, generator=generator), sizes=torch.tensor([5, 3]))
+    wide = measure.to(dtype=torch.float64)
+    assert (wide.dtype, wide.source_dtype, wide.points.dtype, wide.weights.dtype) == (torch.float64,) * 4
+    assert torch.equal(wide.sizes, measure.sizes) and torch.equal(wide.mask, measure.mask)
+    assert measure.dtype == measure.points.dtype == torch.float32
+    same = measure.to(dtype=torch.float32)
+    same.points.zero_()
+    assert float(measure.points.abs().sum()) > 0
+    with pytest.raises(sbot.InvalidProblem, match="complex64"):
+        measure.to(dtype=torch.complex64)
+    with pytest.raises(sbot.InvalidProblem, match="finite"):
+        sbot.Discrete(torch.full((2, 1), 1e300, dtype=torch.float64)).to(dtype=torch.float32)

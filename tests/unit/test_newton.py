@@ -231,6 +231,14 @@ def test_the_error_is_looked_at_where_it_is_foreseen_to_be_small(rate):
     assert HalfSteps()._wait(1e-6, 0.0, 1.0) == HalfSteps()._wait(1e-6, 1e-10, 0.0) == 4
 
 
+def test_a_solve_that_gains_quickly_ends_between_two_looks_of_a_slow_one(generator):
+    x, y = clouds(30, 40, 2, generator)
+    bridge = sbot.solve_bridge(x, y, 3.0, relax=3.0, solver=sbot.Sinkhorn(tol=1e-10))
+    looks = [iteration for iteration, _, _ in bridge.report.history]
+    assert looks[:3] == [0, 2, 4] and looks[-1] in (5, 6, 7)
+    assert bridge.report.error < 1e-2 * bridge.report.tolerance
+
+
 def test_no_pass_finds_what_is_not_there(generator):
     """An atom of nu a thousand e-folds beyond all others: its column underflows and is found in the log domain."""
     x = torch.rand(20, 1, generator=generator, dtype=torch.float64)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...linalg import plain
 from ._arrays import Home, covers, enter, forwarder, pot
 from ._empirical import (
     divergence,
@@ -161,17 +162,17 @@ class Call:
     @staticmethod
     def _mild(M: Tensor, reg: Any) -> bool:
         """Whether exp(-M / reg) surely keeps all its entries, and problems side by side need no more than it."""
-        return float(M.detach().abs().max()) <= SIDE_BY_SIDE.get(M.dtype, 0.0) * float(reg)
+        return float(M.detach().abs().max()) <= SIDE_BY_SIDE.get(M.dtype, 0.0) * float(plain(reg))
 
     def _side_by_side(self, a: Tensor, b: Tensor, M: Tensor, reg: Any) -> tuple[Tensor, list[Solved]]:
-        """The values, and each target as if solved by itself, of one solve for all."""
+        """The values, and each target's part, of one solve for all, whose iterations all of them report."""
         levelled = [balanced(a, column, self.warn) for column in b.T]
         whole = couple(
             a, torch.stack([column for column, _ in levelled]), M, reg, Ask(self.stop, self.most), warn=self.warn
         )
         parts = [whole.part(k) for k in range(b.shape[1])]
+        whole.show(self.verbose)
         for part, (_, differ) in zip(parts, levelled, strict=True):
-            part.show(self.verbose)
             part.complain(self.warn and not differ)
         return whole.linear, parts
 
