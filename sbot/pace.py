@@ -44,7 +44,6 @@ class Pace:
         ways: tuple[Any, Any, Any] = (min, max, _choose) if single else (np.minimum, np.maximum, np.where)
         self._min, self._max, self._where = ways
         self.factor, self.fall = (1.0 if single else np.ones_like(self.last)), 0.0
-        self.looks = 0.0 * self.factor
 
     @property
     def omega(self) -> Eps | None:
@@ -65,14 +64,12 @@ class Pace:
         now, least, most, where = _numbers(errors), self._min, self._max, self._where
         rate = (now / most(self.last, TINY)) ** (1 / iterations)
         self.fall = math.log(max(_top(self.last), TINY) / max(_top(now), TINY)) / iterations
-        self.last, self.looks = now, self.looks + 1
+        self.last = now
         over = rate + self.factor - 1
         theta = over * over / most(rate * self.factor**2, 1e-30)
         best = least(2 / (1 + (1 - least(theta, 0.999)) ** 0.5), FASTEST)
-        # the first iterations are no measure of the last, and where the error grew it starts again
-        factor = where((self.looks == 1) | (rate == 0), self.factor, best)
-        self.factor = where(rate >= 1, 1.0, factor)
-        self.looks = where((rate >= 1) & (self.looks > 1), 0.0, self.looks)
+        # first iterations gain more than later ones, and say too little; where the error grew it starts again
+        self.factor = where(rate >= 1, 1.0, where(rate == 0, self.factor, best))
 
 
 def _numbers(errors: Any) -> Any:

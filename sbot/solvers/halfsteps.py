@@ -398,8 +398,8 @@ class HalfSteps(Step):
     name = "half-steps"
     #: iterations between two looks at the error, at most: the first two come sooner, and one where it is foreseen to be met
     every = 4
-    #: of the tolerance, what is waited for: results have some digits more than are asked for
-    beyond = 0.01
+    #: of the tolerance, what is waited for: results have a digit more than is asked for
+    beyond = 0.1
 
     def __init__(self) -> None:
         self._pace: Pace | None = None
