@@ -100,6 +100,10 @@ class Coupling(ABC):
         """The law at ``0 < t < 1`` where it has a name, else None."""
 
 
+#: Entries that are worked on at a time where nothing else asks for fewer: they stay in the cache.
+CACHED = 2**15
+
+
 @final
 class DiscreteCoupling(Coupling):
     """``P_ij = a_i b_j exp((f_i + g_j - C_ij) / eps)``; everything streams over tiles of rows."""
@@ -485,9 +489,14 @@ class DiscreteCoupling(Coupling):
         left, right = self._logs
         plain = not self.problem.may_forbid
         if self._lent is not None and plain and isinstance(self.problem.cost, MatrixCost):
-            scales = self._lent.scales(left, right)
-            each = self._lent.laws * self.problem.cost.values.detach()
-            return (scales[0] * linalg.product(each, scales[1])).sum(-1).to(self.problem.dtype)
+            laws, charges, scales = self._lent.laws, self.problem.cost.values.detach(), self._lent.scales(left, right)
+            step = max(1, CACHED // laws[..., :1, :].numel())
+            # some rows at a time: fresh memory for all would cost more than the products
+            for start in range(0, self._mu.n, step):
+                rows = slice(start, start + step)
+                each = linalg.product(laws[..., rows, :] * charges[..., rows, :], scales[1])
+                total += torch.linalg.vecdot(scales[0][..., rows], each)
+            return total.to(self.problem.dtype)
         for _, log2_p, c in self._tiles(left.double() / LN2, right.double() / LN2, self.eps * LN2):
             p = log2_p.exp2_()
             if not plain:
