@@ -28,6 +28,8 @@ except ImportError:  # a plugin has no package, and `tests` is that of GeomLoss 
 
 NAMES = ("solve", "solve_batch", "solve_sample")
 MODE = os.environ.get("SBOT_SWAP", "ours")
+if MODE not in ("theirs", "ours", "both", "impostor"):
+    raise ValueError(f"SBOT_SWAP is {MODE!r}; give theirs, ours, both or impostor")
 COUNTS: dict[str, int] = {}
 VERDICTS: dict[str, int] = {}
 DIFFERENCES: list[dict] = []
