@@ -100,8 +100,8 @@ class Coupling(ABC):
         """The law at ``0 < t < 1`` where it has a name, else None."""
 
 
-#: Entries that are worked on at a time where nothing else asks for fewer: they stay in the cache.
-CACHED = 2**15
+#: Bytes of a tile of products with lent laws: what stays in the cache needs no fresh memory, which costs more than they do.
+CACHED = 2**18
 
 
 @final
@@ -317,7 +317,8 @@ class DiscreteCoupling(Coupling):
             once = f"the cost has first derivatives only where {empty}; drop these atoms"
         # how they follow the data is of use to second derivatives only, and inside transforms out of their sight later
         eager = not once and (self._attached or transformed())
-        value: Tensor = _Value.apply(self, once, [], *(self.following() if eager else self.dual_values()), *inputs)  # type: ignore[no-untyped-call]
+        f, g = self.following() if eager else self.dual_values()
+        value: Tensor = _Value.apply(self, once, [], f, g, *inputs)  # type: ignore[no-untyped-call]
         return value
 
     def following(self) -> tuple[Tensor, Tensor]:
@@ -490,10 +491,9 @@ class DiscreteCoupling(Coupling):
         plain = not self.problem.may_forbid
         if self._lent is not None and plain and isinstance(self.problem.cost, MatrixCost):
             laws, charges, scales = self._lent.laws, self.problem.cost.values.detach(), self._lent.scales(left, right)
-            step = max(1, CACHED // laws[..., :1, :].numel())
-            # some rows at a time: fresh memory for all would cost more than the products
-            for start in range(0, self._mu.n, step):
-                rows = slice(start, start + step)
+            kernel = self._kernel()
+            kernel.tile_bytes = CACHED
+            for rows in kernel.tiles():
                 each = linalg.product(laws[..., rows, :] * charges[..., rows, :], scales[1])
                 total += torch.linalg.vecdot(scales[0][..., rows], each)
             return total.to(self.problem.dtype)
@@ -829,8 +829,7 @@ class _Value(torch.autograd.Function):
         if ctx.once is not None:
             with torch.no_grad():
                 found = stream()
-            moving = [part for part, asked in zip(inputs, wanted, strict=True) if asked]
-            return None, None, None, None, None, *derivatives.refused(found, [*moving, *grads], ctx.once)
+            return None, None, None, None, None, *derivatives.refused(found, [*inputs, *grads], ctx.once)
         size = ctx.coupling._kernel().size
         return None, None, None, None, None, *derivatives.of_number(number, inputs, wanted, stream, grads, size)
 

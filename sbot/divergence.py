@@ -156,7 +156,10 @@ def _between_atoms(problem: Problem, within: list[Problem], solver: Sinkhorn, pr
     assert isinstance(bridge, PotentialBridge) and isinstance(bridge.coupling, DiscreteCoupling)
     report = bridge.report
     with reporting(progress, "Sinkhorn divergence") as show:
-        selves = [_itself_solved(part, solver, report.tolerance, show) for part in within]
+        selves = [
+            _alone(part, solver, report.tolerance, show) if part.mass is None else _as_any_other(part, solver)
+            for part in within
+        ]
     late = [] if report.converged else [f"(mu, nu) at {report.error:.1e}"]
     for name, own in zip(("mu", "nu"), selves, strict=True):
         late += [] if own.converged else [f"({name}, {name}) at {own.error:.1e}"]
@@ -202,12 +205,6 @@ class _Self(NamedTuple):
     converged: bool
 
 
-def _itself_solved(problem: Problem, solver: Sinkhorn, tolerance: float, show: Callable[[Progress], None]) -> _Self:
-    if problem.mass is not None:
-        return _as_any_other(problem, solver)
-    return _alone(problem, solver, tolerance, show)
-
-
 @torch.no_grad()
 def _alone(problem: Problem, solver: Sinkhorn, tolerance: float, show: Callable[[Progress], None]) -> _Self:
     """``OT(mu, mu)``: the fixed point ``p = T p`` of the half-step, by parts of half-steps (see `SHARES`).
@@ -247,7 +244,7 @@ def _alone(problem: Problem, solver: Sinkhorn, tolerance: float, show: Callable[
         change, error = part_of(half, p)
         waited = 0 if error < 0.9 * best.error else waited + 1
         if error < best.error:
-            best = _Self(torch.where(half == torch.inf, half, p) if gaps else p, error, error <= tolerance)
+            best = _Self(torch.where(half == torch.inf, half, p), error, error <= tolerance)
         if best.converged or waited >= PATIENCE or k >= solver.max_iter:
             break
         here, p = p, p + SHARES[k % len(SHARES)] * change
@@ -263,7 +260,7 @@ def _alone(problem: Problem, solver: Sinkhorn, tolerance: float, show: Callable[
             idle = 0 if error < 0.9 * least else idle + 1
             least = min(least, error)
             if error <= tolerance / 2 and laws.resolves(spread, tolerance):
-                return _Self(torch.where(half == torch.inf, half, p) if gaps else p, error, True)
+                return _Self(torch.where(half == torch.inf, half, p), error, True)
             if error <= tolerance / 2 or idle >= len(SHARES):
                 break
             p = p + SHARES[k % len(SHARES)] * change

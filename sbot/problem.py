@@ -476,20 +476,20 @@ def _settle_eps(eps: Eps, mu: Measure) -> tuple[Eps, Tensor | None]:
             raise InvalidProblem(f"eps has shape {tuple(eps.shape)} for {shape}")
     least, plain = 4 / torch.finfo(mu.dtype).max, linalg.plain(eps)
     if not isinstance(plain, Tensor):
-        _require_range(least < plain < 1 / least, plain, "", mu.dtype)
+        if not least < plain < 1 / least:
+            raise _out_of_range(plain, "", mu.dtype)
         return plain, leaf
     out = torch.nonzero(~((plain > least) & (plain < 1 / least)))
     if len(out):
         where = tuple(out[0].tolist())
-        _require_range(False, float(plain[where]), f" in problem {_index(where)} of the batch", mu.dtype)
+        raise _out_of_range(float(plain[where]), f" in problem {_index(where)} of the batch", mu.dtype)
     return plain.to(dtype=mu.dtype, device=mu.device).clone(), leaf
 
 
-def _require_range(inside: bool, eps: float, where: str, dtype: torch.dtype) -> None:
-    if not inside:
-        raise InvalidProblem(
-            f"eps is {eps:g}{where}, outside the range of {dtype}; rescale the points and eps, or use float64"
-        )
+def _out_of_range(eps: float, where: str, dtype: torch.dtype) -> InvalidProblem:
+    return InvalidProblem(
+        f"eps is {eps:g}{where}, outside the range of {dtype}; rescale the points and eps, or use float64"
+    )
 
 
 def _index(where: tuple[int, ...]) -> str:

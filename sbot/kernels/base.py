@@ -355,6 +355,7 @@ def _shared_pass(shared: Tensor, bias: Tensor, weights: Tensor | Callable[[Tenso
         scaling = bias.exp()
         total = linalg.product(shared, scaling)
         lse = total.log()
+        # not the weights themselves: masses of some problems are written over
         mass = torch.empty_like(lse).copy_(_row_masses(weights, power, lse))
         share, columns = mass / total, torch.zeros(bias.shape, dtype=torch.float64, device=bias.device)
         step = ADDED if bias.dtype == torch.float32 else len(shared)

@@ -162,7 +162,8 @@ class Call:
     @staticmethod
     def _mild(M: Tensor, reg: Any) -> bool:
         """Whether exp(-M / reg) surely keeps all its entries, and problems side by side need no more than it."""
-        return float(M.detach().abs().max()) <= SIDE_BY_SIDE.get(M.dtype, 0.0) * float(plain(reg))
+        low, high = (float(end) for end in torch.aminmax(M.detach()))
+        return max(-low, high) <= SIDE_BY_SIDE.get(M.dtype, 0.0) * float(plain(reg))
 
     def _side_by_side(self, a: Tensor, b: Tensor, M: Tensor, reg: Any) -> tuple[Tensor, list[Solved]]:
         """The values, and each target's part, of one solve for all, whose iterations all of them report."""
