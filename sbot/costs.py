@@ -299,6 +299,12 @@ class MatrixCost(Cost):
         low, high = torch.aminmax(self.values.detach())
         return float(low), float(high)
 
+    @cached_property
+    def numbers(self) -> tuple[Tensor, Tensor]:
+        """Those of the rows and of the columns, in order."""
+        n, m = (torch.arange(size, device=self.values.device) for size in self.values.shape[-2:])
+        return n, m
+
     @property
     def _known(self) -> tuple[float, float] | None:
         """`ends` where they have been looked for."""
@@ -315,8 +321,7 @@ class MatrixCost(Cost):
         return self.ends[1] == math.inf
 
     def matrix(self, x: Tensor, y: Tensor) -> Tensor:
-        n, m = self.values.shape[-2:]
-        if _in_order(x, n) and _in_order(y, m):
+        if all(_same(index, number) for index, number in zip((x, y), self.numbers, strict=True)):
             return self.values  # no copy
         return self.values[..., x, :][..., y]
 
@@ -352,8 +357,8 @@ class MatrixCost(Cost):
         return f"MatrixCost{tuple(self.values.shape)}"
 
 
-def _in_order(index: Tensor, n: int) -> bool:
-    return len(index) == n and torch.equal(index, torch.arange(n, device=index.device))
+def _same(one: Tensor, two: Tensor) -> bool:
+    return one is two or (len(one) == len(two) and torch.equal(one, two.to(one.device)))
 
 
 @final

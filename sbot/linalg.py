@@ -10,8 +10,7 @@ nothing in dimension 784.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
 
@@ -51,28 +50,30 @@ def _switches() -> list[Any]:
     return [matmul for matmul in candidates if hasattr(matmul, "fp32_precision")]
 
 
-@contextmanager
-def full_precision() -> Iterator[None]:
+def full_precision() -> AbstractContextManager[None]:
     """Keep products in their dtype: no TF32, no bfloat16 and no autocast inside; the caller's settings are restored.
 
     The switches of torch are process-wide: a thread that wants TF32 elsewhere does not get it while another is in here.
     """
-    switches = _switches()
-    before = [switch.fp32_precision for switch in switches]
-    for switch, value in zip(switches, before, strict=True):
-        if value not in ("none", "ieee"):
+    return _FullPrecision()
+
+
+class _FullPrecision(AbstractContextManager[None]):
+    """What is as it should be is left alone: to enter a context, or to set a switch, costs as much as a small product."""
+
+    def __enter__(self) -> None:
+        self._set = [(one, value) for one in _switches() if (value := one.fp32_precision) not in ("none", "ieee")]
+        self._off = [torch.autocast(device, enabled=False) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+        for switch, _ in self._set:
             switch.fp32_precision = "ieee"
-    try:
-        with ExitStack() as off:
-            for device in ("cpu", "cuda"):
-                # to enter a context costs as much as a small product
-                if torch.is_autocast_enabled(device):
-                    off.enter_context(torch.autocast(device, enabled=False))
-            yield
-    finally:
-        for switch, value in zip(switches, before, strict=True):
-            if switch.fp32_precision != value:
-                switch.fp32_precision = value
+        for context in self._off:
+            context.__enter__()
+
+    def __exit__(self, *fault: object) -> None:
+        for context in reversed(self._off):
+            context.__exit__(*fault)
+        for switch, value in self._set:
+            switch.fp32_precision = value
 
 
 class _SqrtPSD(torch.autograd.Function):

@@ -24,9 +24,13 @@ def dual_term(f: Tensor, rho: float) -> Tensor:
     return f if math.isinf(rho) else -rho * torch.expm1(-f / rho)
 
 
-def target_weights(weights: Tensor, f: Tensor, rho: float) -> Tensor:
-    """``a e^{-f / rho}``: what the marginal is at the solution; a hard one is its weights, also where f is infinite."""
+def target_weights(weights: Tensor, f: Tensor, rho: float, zeros: bool = True) -> Tensor:
+    """``a e^{-f / rho}``: what the marginal is at the solution; a hard one is its weights, also where f is infinite.
+
+    ``zeros`` says whether there may be atoms of zero weight.
+    """
     if math.isinf(rho):
         return weights
+    target = weights * torch.exp(f / -rho)
     # at an atom of zero weight the potential may be so low that the exponential overflows
-    return torch.where(weights > 0, weights * torch.exp(-f / rho), 0.0)
+    return torch.where(weights > 0, target, 0.0) if zeros else target

@@ -48,8 +48,8 @@ class Laws(NamedTuple):
     def scales(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         """``r, c`` with ``r_i K_ij c_j = exp(left_i + right_j - C_ij / eps)``."""
         rows, columns = torch.exp(left + self.lse), torch.exp(right - self.bias)
-        # what has no weight is in neither
-        return torch.where(left == -torch.inf, 0.0, rows), torch.where(right == -torch.inf, 0.0, columns)
+        # what has no weight has no bias either
+        return rows, torch.where(right == -torch.inf, 0.0, columns)
 
     def scaled(self, rows: Tensor, columns: Tensor) -> Tensor:
         """``r_i K_ij c_j``, in the place of a K that is not shared."""

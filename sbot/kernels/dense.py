@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..linalg import Eps
-from .base import LN2, LogKernel
+from .base import LogKernel
 
 #: Entries up to which a gradient in the matrix is of no account.
 LIGHT = 2**20
@@ -77,7 +77,7 @@ class DenseKernel(LogKernel):
         if not self.shares or isinstance(eps, Tensor) or not self._flat(bias, eps):
             return None
         if self._gibbs is None or self._gibbs[0] != eps:
-            self._gibbs = eps, torch.mul(self.stored.detach(), -1 / (eps * LN2)).exp2_()
+            self._gibbs = eps, torch.mul(self.stored.detach(), -1 / eps).exp_()
         return self._gibbs[1]
 
     @property

@@ -12,6 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -82,12 +83,17 @@ class State:
     caps: tuple[Tensor | None, Tensor | None] = field(init=False, default=(None, None))
     known: bool = field(init=False, default=False)
     fresh: bool = field(init=False, default=False)
-    _measured: tuple[tuple[Any, ...], Tensor] | None = field(init=False, default=None)
+    #: what was worked out, and of what: asked for several times between two steps
+    _kept: dict[str, tuple[tuple[Any, ...], Tensor]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.log_a, self.log_b, self.f = self.a.log(), self.b.log(), torch.zeros_like(self.a)
-        self.live = self.a > 0, self.b > 0
-        self.zeros = not bool(self.live[0].all()) or not bool(self.live[1].all())
+        self.zeros = min(float(self.a.min()), float(self.b.min())) <= 0
+
+    @cached_property
+    def live(self) -> tuple[Tensor, Tensor]:
+        """Which atoms have weight."""
+        return self.a > 0, self.b > 0
 
     @property
     def unit(self) -> Eps:
@@ -161,17 +167,27 @@ class State:
         for name in ("f", "g", "rows", "columns"):
             getattr(self, name)[index] = getattr(part, name)
         self.iterations, self.passes = part.iterations, self.passes + part.passes
-        self.known, self._measured = False, None  # the model is that of before
+        self.known = False  # the model is that of before
+        self._kept.clear()
+
+    def _once(self, name: str, what: Callable[[], Tensor], *of: Any) -> Tensor:
+        """``what()``, where it has not been worked out of the same tensors before."""
+        if name not in self._kept or any(one is not two for one, two in zip(self._kept[name][0], of, strict=True)):
+            self._kept[name] = of, what()
+        return self._kept[name][1]
 
     def goal(self) -> Tensor:
         """What the columns should sum to: b, or ``b e^{-g / rho}`` where nu is relaxed.
 
         In a partial plan it is what a half-step makes of them.
         """
+        return self._once("goal", self._goal, self.columns, self.g, self.eps, self.caps[1])
+
+    def _goal(self) -> Tensor:
         if self.mass is not None:
             lse = self.columns.log() - self.log_b - self.g.double() / self.unit
             return masses(self.log_b, lse, self.mass, capped(self.log_b, lse, self.mass, self.caps[1]))
-        return target_weights(self.b.double(), self.g.double(), self.rho[1])
+        return target_weights(self.b.double(), self.g.double(), self.rho[1], self.zeros)
 
     def log_goal(self) -> Tensor:
         """The logarithm of `goal`, which underflows where an atom of a relaxed nu is too far to be worth any mass."""
@@ -184,11 +200,11 @@ class State:
 
         Of a partial plan, the distance from what its bounds allow.
         """
-        of = (self.columns, self.g, self.eps, self.slack)
-        # asked for several times between two steps
-        if self._measured is None or any(one is not two for one, two in zip(self._measured[0], of, strict=True)):
-            self._measured = of, self.distance(self.columns) / self.slack
-        return self._measured[1]
+        return self._once("errors", lambda: self.distance(self.columns) / self.slack, *self._of_errors)
+
+    @property
+    def _of_errors(self) -> tuple[Any, ...]:
+        return self.columns, self.g, self.eps, self.slack
 
     def distance(self, columns: Tensor, log_v: Tensor | float = 0.0) -> Tensor:
         """`errors` at other masses, as they are; of a partial plan with g moved by ``eps log_v``."""
@@ -239,11 +255,16 @@ class State:
         self.g = torch.where(self.live[1], g, 0.0) if self.zeros else g
         self.fresh = self.known = False
 
-    def land(self, log_u: Tensor, rows: Tensor, columns: Tensor) -> None:
-        """``f += eps log_u``, the half-step of the present g, and the plan's masses there: as good as a pass."""
+    def land(self, log_u: Tensor, rows: Tensor, columns: Tensor, errors: Any = None) -> None:
+        """``f += eps log_u``, the half-step of the present g, and the plan's masses there, and its errors where they are known.
+
+        It is as good as a pass.
+        """
         f = self.f + self.unit * log_u.to(self.f)
         self.f = torch.where(self.live[0], f, 0.0) if self.zeros else f
         self.rows, self.columns, self.fresh = rows, columns, True
+        if errors is not None:
+            self._kept["errors"] = self._of_errors, torch.as_tensor(errors, dtype=torch.float64, device=columns.device)
 
     def translate(self) -> None:
         """Move a constant between f and g to the dual optimum (Sejourne, Vialard and Peyre 2022); relaxed problems only.
@@ -454,7 +475,8 @@ class HalfSteps(Step):
         state.move(as_tensor(v).log())
         state.iterations += done
         if stop and not bounded and model.resolves(spread if near else max(spread, 1.0), worst):
-            state.land(as_tensor(u).log(), as_tensor(weights * u * sums), as_tensor(columns * v))
+            landed = as_tensor(weights * u * sums), as_tensor(columns * v)
+            state.land(as_tensor(u).log(), *landed, errors if model.exact else None)
         else:
             # the constant to move depends on f, which has moved with g
             f = state.f + state.unit * as_tensor(u).log().to(state.f)

@@ -52,7 +52,7 @@ class Relaxed(Hard):
     """Marginals that are encouraged, on one side at least: half-steps are damped, and the goal moves with the potential.
 
     A constant between f and g would move by a factor ``rho / (rho + eps)`` in each half-step, which is hardly at all for small
-    eps.  It is set to the dual optimum (Sejourne, Vialard and Peyre 2022) together with the half-step of f: of g moved by a
+    eps.  It is set to the dual optimum (Sejourne, Vialard and Peyre 2022) together with an exact half-step of f: of g moved by a
     constant c, that is moved by -lambda c, so that both are optimal at once, and no error is left in that direction.
     """
 
@@ -60,7 +60,7 @@ class Relaxed(Hard):
         super().__init__(state, goal, as_vector)
         self.damp = state.damp
         self.powers = tuple(0.0 if math.isinf(rho) else state.unit / rho for rho in state.rho)
-        self.goals = as_vector(target_weights(state.a.double(), state.f.double(), state.rho[0])), goal
+        self.goals = as_vector(target_weights(state.a.double(), state.f.double(), state.rho[0], state.zeros)), goal
         # scalings may be 0 where goals are, and their powers infinite
         self.empty = tuple(part == 0 if bool((part == 0).any()) else None for part in self.goals)
         self.dot = np.dot if isinstance(goal, np.ndarray) else _dot
@@ -69,7 +69,9 @@ class Relaxed(Hard):
         return half_step(v, self.goal, columns, self.damp[1], omega)
 
     def raise_rows(self, u: Any, v: Any, sums: Any, omega: Eps | None) -> tuple[Any, Any, Any]:
-        u, follows = half_step(u, 1.0, sums, self.damp[0], omega), self.damp[0] * (1 if omega is None else omega)
+        u, follows = half_step(u, 1.0, sums, self.damp[0], omega), self.damp[0]
+        if omega is not None:  # half-steps that are carried too far need no constant
+            return u, v, sums
         one, two = (self.dot(self.goals[side], self._fall(side, scaling)) for side, scaling in enumerate((u, v)))
         shift = (two / one) ** (1 / (follows * self.powers[0] + self.powers[1]))
         return u / shift**follows, v * shift, sums * shift

@@ -351,8 +351,8 @@ def _constant(problem: Problem) -> Tensor:
     assert isinstance(mu, Discrete) and isinstance(nu, Discrete)
     if problem.relax == (math.inf, math.inf):
         return torch.zeros(problem.batch_shape, dtype=torch.float64, device=problem.device)
-    ratio = (mu.weights.detach().double().sum(-1) / nu.weights.detach().double().sum(-1)).log().abs()
-    return ratio / sum(1 / rho for rho in problem.relax)
+    mass_a, mass_b = (measure.weights.detach().sum(-1, dtype=torch.float64) for measure in (mu, nu))
+    return (mass_a / mass_b).log().abs() / sum(1 / rho for rho in problem.relax)
 
 
 def _may_leave_no_plan(problem: Problem) -> bool:

@@ -104,7 +104,7 @@ def weights(w: Any, n: int, M: Tensor, name: str) -> Tensor:
         w = w[:, 0]
     if w.shape != (n,):
         raise ValueError(f"{name} has shape {tuple(w.shape)} and M {tuple(M.shape)}; give {name} of shape ({n},)")
-    if not bool((w >= 0).all()):
+    if not float(w.detach().min()) >= 0:
         raise ValueError(f"{name} has weights that are negative or NaN; give weights >= 0")
     return w
 

@@ -187,7 +187,9 @@ def _needed(**given: Any) -> None:
 
 def _means(plan: Tensor, values: Tensor) -> Tensor:
     """The mean of ``values`` by each row of the plan; 0 for a row without mass."""
-    return plan @ values / plan.sum(1, keepdim=True).clamp(min=torch.finfo(plan.dtype).tiny)
+    # masses and moments in one product: the plan is read once
+    sums = plan @ torch.cat([values, values.new_ones(len(values), 1)], 1)
+    return sums[:, :-1] / sums[:, -1:].clamp(min=torch.finfo(plan.dtype).tiny)
 
 
 def _ferradans(plan: Any, seen: Any, there: Any, new: Any, size: int) -> Any:
