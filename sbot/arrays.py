@@ -215,7 +215,8 @@ def once(tensor: Tensor, change: Callable[[Tensor], Tensor], keep: int) -> Tenso
     base = tensor
     while base.ndim > keep and base.stride(0) == 0 and not base.requires_grad:
         base = base[0]
-    return change(base).expand(tensor.shape)
+    changed = change(base)
+    return changed if base is tensor else changed.expand(tensor.shape)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

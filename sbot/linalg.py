@@ -63,11 +63,13 @@ class _FullPrecision(AbstractContextManager[None]):
 
     def __enter__(self) -> None:
         self._set = [(one, value) for one in _switches() if (value := one.fp32_precision) not in ("none", "ieee")]
-        self._off = [torch.autocast(device, enabled=False) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+        self._off = [
+            torch.autocast(device, enabled=False) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
+        ]
         for switch, _ in self._set:
             switch.fp32_precision = "ieee"
         for context in self._off:
-            context.__enter__()
+            context.__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *fault: object) -> None:
         for context in reversed(self._off):

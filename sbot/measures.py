@@ -119,7 +119,7 @@ class Discrete(Measure):
         shapes = [tuple(w.shape[:-1]), () if p is None else tuple(p.shape[:-2])]
         shape = max(shapes, key=len)
         self.points = None if p is None else p.expand(*shape, *p.shape[-2:])
-        self.weights = w.expand(*shape, w.shape[-1])
+        self.weights = w if w.shape[:-1] == shape else w.expand(*shape, w.shape[-1])
         self.batch_shape, self.event_shape = shape, () if p is None else (p.shape[-1],)
         self.dtype, self.device = dtype, self.weights.device
         self.sizes = None if sizes is None else _check_sizes(sizes, shape, self.n, self.device, name)

@@ -74,7 +74,7 @@ class Pace:
 
 def _numbers(errors: Any) -> Any:
     """As an array, or a number where there is one."""
-    if isinstance(errors, float):
+    if isinstance(errors, float) or (isinstance(errors, Tensor) and not errors.ndim):
         return float(errors)
     values = as_array(errors)
     return values if values.ndim else float(values)

@@ -26,7 +26,7 @@ class Hard:
 
     def __init__(self, state: State, goal: Any, as_vector: Callable[[Tensor], Any]) -> None:
         self.goal, self.whole = goal, goal.sum(-1)
-        self.slack = as_vector(state.slack) if isinstance(state.slack, Tensor) else state.slack
+        self.slack = as_vector(state.slack) if isinstance(state.slack, Tensor) else None
         # 1 at an atom of zero weight, where v is 0
         self.gone = as_vector((~state.live[1]).double()) if state.zeros else None
 
@@ -45,7 +45,10 @@ class Hard:
 
     def errors(self, masses: Any, v: Any) -> Any:
         """`State.errors` at these masses of columns."""
-        return abs(masses - self.goal).sum(-1) / self.whole / self.slack
+        return self._in_slack(abs(masses - self.goal).sum(-1) / self.whole)
+
+    def _in_slack(self, errors: Any) -> Any:
+        return errors if self.slack is None else errors / self.slack
 
 
 class Relaxed(Hard):
@@ -78,7 +81,7 @@ class Relaxed(Hard):
 
     def errors(self, masses: Any, v: Any) -> Any:
         goal = self.goal * self._fall(1, v)
-        return abs(masses - goal).sum(-1) / goal.sum(-1).clip(min=TINY) / self.slack
+        return self._in_slack(abs(masses - goal).sum(-1) / (goal.sum(-1) + TINY))
 
     def _fall(self, side: int, scaling: Any) -> Any:
         """``e^{-f / rho}`` for an f moved by ``eps log u``, over what it was before; or that of g and v."""
@@ -104,4 +107,4 @@ class Bounded(Hard):
 
     def errors(self, masses: Any, v: Any) -> Any:
         there = v if self.gone is None else v + self.gone
-        return self.state.distance(masses, there.log()) / self.slack
+        return self._in_slack(self.state.distance(masses, there.log()))

@@ -11,7 +11,7 @@ import torch
 import sbot
 from sbot.kernels import Conditionals, DenseKernel
 from sbot.pace import FASTEST, Pace
-from sbot.solvers import sinkhorn
+from sbot.solvers import halfsteps, sinkhorn
 from sbot.solvers.halfsteps import Exact, HalfSteps, State
 from sbot.solvers.newton import Newton
 
@@ -227,11 +227,10 @@ def test_no_error_is_left_in_the_constant_between_the_potentials(rho, batch, gen
 
 
 @pytest.mark.parametrize("rate", [1e-1, 1e-3, 1e-7])
-def test_the_error_is_looked_at_where_it_is_foreseen_to_be_small(rate):
-    """No later than four iterations on, and no sooner than it is a hundredth of the tolerance."""
-    wait = HalfSteps()._wait(1e-6, 1e-10, -math.log(rate))
-    assert wait == min(4, math.ceil(math.log(1e-4) / math.log(rate)))
-    assert HalfSteps()._wait(1e-6, 0.0, 1.0) == HalfSteps()._wait(1e-6, 1e-10, 0.0) == 4
+def test_how_many_iterations_are_left_at_a_rate(rate):
+    assert 1e-6 * rate ** halfsteps._left(1e-6, 1e-10, -math.log(rate)) == pytest.approx(1e-10)
+    assert halfsteps._left(1e-10, 1e-10, 1.0) == halfsteps._left(0.0, 0.0, 1.0) == 0
+    assert halfsteps._left(1e-6, 0.0, 1.0) == halfsteps._left(1e-6, 1e-10, 0.0) == math.inf
 
 
 def test_a_solve_that_gains_quickly_ends_between_two_looks_of_a_slow_one(generator):

@@ -117,7 +117,9 @@ class BaseTransport:
         _needed(Xs=Xs, Xt=Xt)
         home, _ = enter(Xs, Xt)
         cost = dist(Xs, Xt, metric=self.metric)
-        cost, self.norm_cost_ = cost_normalization(cost, self.norm, return_value=True)
+        self.norm_cost_ = None
+        if self.norm is not None:
+            cost, self.norm_cost_ = cost_normalization(cost, self.norm, return_value=True)
         self._labelled_both = ys is not None and yt is not None
         if self._labelled_both:
             cost = home.back(self._labelled(enter(cost)[1][0], ys, yt))
@@ -187,9 +189,9 @@ def _needed(**given: Any) -> None:
 
 def _means(plan: Tensor, values: Tensor) -> Tensor:
     """The mean of ``values`` by each row of the plan; 0 for a row without mass."""
-    # masses and moments in one product: the plan is read once
-    sums = plan @ torch.cat([values, values.new_ones(len(values), 1)], 1)
-    return sums[:, :-1] / sums[:, -1:].clamp(min=torch.finfo(plan.dtype).tiny)
+    # moments and masses in one product, from the left: the plan is read once, by rows
+    sums = torch.cat([values.mT, values.new_ones(1, len(values))]) @ plan.mT
+    return (sums[:-1] / sums[-1:].clamp(min=torch.finfo(plan.dtype).tiny)).mT
 
 
 def _ferradans(plan: Any, seen: Any, there: Any, new: Any, size: int) -> Any:
