@@ -299,12 +299,6 @@ class MatrixCost(Cost):
         low, high = torch.aminmax(self.values.detach())
         return float(low), float(high)
 
-    @cached_property
-    def numbers(self) -> tuple[Tensor, Tensor]:
-        """Those of the rows and of the columns, in order."""
-        n, m = (torch.arange(size, device=self.values.device) for size in self.values.shape[-2:])
-        return n, m
-
     @property
     def _known(self) -> tuple[float, float] | None:
         """`ends` where they have been looked for."""
@@ -321,7 +315,8 @@ class MatrixCost(Cost):
         return self.ends[1] == math.inf
 
     def matrix(self, x: Tensor, y: Tensor) -> Tensor:
-        if all(_same(index, number) for index, number in zip((x, y), self.numbers, strict=True)):
+        n, m = self.values.shape[-2:]
+        if _in_order(x, n) and _in_order(y, m):
             return self.values  # no copy
         return self.values[..., x, :][..., y]
 
@@ -357,8 +352,8 @@ class MatrixCost(Cost):
         return f"MatrixCost{tuple(self.values.shape)}"
 
 
-def _same(one: Tensor, two: Tensor) -> bool:
-    return one is two or (len(one) == len(two) and torch.equal(one, two.to(one.device)))
+def _in_order(index: Tensor, n: int) -> bool:
+    return len(index) == n and torch.equal(index, torch.arange(n, device=index.device))
 
 
 @final

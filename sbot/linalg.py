@@ -66,16 +66,16 @@ class _FullPrecision(AbstractContextManager[None]):
         self._off = [
             torch.autocast(device, enabled=False) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
         ]
-        for switch, _ in self._set:
-            switch.fp32_precision = "ieee"
         for context in self._off:
             context.__enter__()  # type: ignore[no-untyped-call]
+        for switch, _ in self._set:
+            switch.fp32_precision = "ieee"
 
     def __exit__(self, *fault: object) -> None:
-        for context in reversed(self._off):
-            context.__exit__(*fault)
         for switch, value in self._set:
             switch.fp32_precision = value
+        for context in reversed(self._off):
+            context.__exit__(*fault)
 
 
 class _SqrtPSD(torch.autograd.Function):

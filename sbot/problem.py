@@ -147,11 +147,7 @@ class Problem:
     @cached_property
     def sites(self) -> tuple[Tensor, Tensor]:
         """Where the atoms are, as the cost wants them: points, or their numbers where the cost is a matrix."""
-        assert isinstance(self.mu, Discrete) and isinstance(self.nu, Discrete)
-        if isinstance(self.cost, MatrixCost):
-            return self.cost.numbers
-        assert self.mu.points is not None and self.nu.points is not None
-        return self.mu.points, self.nu.points
+        return self._site(self.mu), self._site(self.nu)
 
     @property
     def values(self) -> tuple[Tensor | None, Tensor | None]:
@@ -216,6 +212,13 @@ class Problem:
         return replace(self, mu=mu, nu=nu, reference=reference, eps=_part(self.eps, index), eps_leaf=leaf, mass=mass)
 
     # ---- checks ----------------------------------------------------------------------------------------------------
+
+    def _site(self, measure: Measure) -> Tensor:
+        assert isinstance(measure, Discrete)
+        if isinstance(self.cost, MatrixCost):
+            return torch.arange(measure.n, device=measure.device)
+        assert measure.points is not None
+        return measure.points
 
     def _automatic(self) -> Problem:
         """With eps from the spread of the cost, and a note that says so."""

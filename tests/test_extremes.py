@@ -86,3 +86,43 @@ def test_overflowing_costs_are_an_error_not_a_nan():
 
     with pytest.raises((sbot.NumericalError, sbot.InvalidProblem)):
         sbot.solve_bridge(torch.zeros(3, 1), torch.zeros(3, 1), 1.0, cost=late_nan)
+
+
+def test_padded_batches_converge_as_soon_as_their_problems(generator):
+    """An atom without weight has a column of nothing: Newton's steps must not take it for one of little."""
+    generator.manual_seed(1)
+    counts = torch.randint(1, 30, (2, 9), generator=generator)
+    clouds_ = [[torch.randn(int(k), 2, generator=generator, dtype=torch.float64) for k in row] for row in counts]
+    bridge = sbot.solve_bridge(*(sbot.Discrete.from_list(row) for row in clouds_), 0.1)
+    assert bridge.report.converged and bridge.report.iterations < 1000
+
+
+@pytest.mark.parametrize("shift", [-3.0, 0.0, 30.0])
+def test_atoms_without_weight_do_not_matter_wherever_the_cost_has_its_zero(shift, generator):
+    x, y = (torch.rand(n, 2, generator=generator, dtype=torch.float64) for n in (30, 40))
+    a, b = (0.05 + torch.rand(n, generator=generator, dtype=torch.float64) for n in (30, 40))
+    a[::3], b[1::2] = 0, 0
+    a, b, cost = a / a.sum(), b / b.sum(), torch.cdist(x, y).square()
+    solver = sbot.Sinkhorn(tol=1e-12)
+    bridge = sbot.solve_bridge(a, b, 0.03, cost=cost + shift, solver=solver)
+    alone = sbot.solve_bridge(a[a > 0], b[b > 0], 0.03, cost=cost[a > 0][:, b > 0], solver=solver)
+    assert bridge.report.converged and bridge.report.iterations <= 1.5 * alone.report.iterations
+    torch.testing.assert_close(bridge.plan()[a > 0][:, b > 0], alone.plan(), rtol=1e-8, atol=1e-12)
+    assert float(bridge.plan().sum()) == pytest.approx(float(alone.plan().sum()), rel=1e-12)
+
+
+def test_small_clusters_far_away_take_no_longer(generator):
+    """They move far between two looks at an error that does not see them."""
+    x, y = (0.3 * torch.randn(300, 2, generator=generator, dtype=torch.float64) for _ in range(2))
+    x[:10] += 3
+    y[:4] += 3
+    for eps, most in ((0.3, 100), (0.02, 300)):
+        assert sbot.solve_bridge(x, y, eps, solver=sbot.Sinkhorn(tol=1e-9)).report.iterations <= most
+
+
+@pytest.mark.parametrize("mass", [1e-40, 1e40])
+def test_masses_beyond_single_precision_take_no_longer(mass, generator):
+    x, y = (torch.randn(300, 2, generator=generator, dtype=torch.float64) for _ in range(2))
+    w = torch.full((300,), mass / 300, dtype=torch.float64)
+    one, two = (sbot.solve_bridge((x, v), (y, v), 0.05) for v in (w, w / mass))
+    assert one.report.converged and one.report.iterations <= 1.2 * two.report.iterations

@@ -11,7 +11,7 @@ from .. import linalg
 from ..arrays import refuse_forward_mode
 from ..costs import Cost, MatrixCost
 from .base import COPIES, FLOOR, LN2, TILE_BYTES, LogKernel, Pass, share_of, weigh
-from .conditionals import Changes, Conditionals, Laws, same
+from .conditionals import Conditionals, Laws, same
 from .dense import DenseKernel
 from .tiled import TiledKernel
 
@@ -20,7 +20,6 @@ __all__ = [
     "FLOOR",
     "LN2",
     "TILE_BYTES",
-    "Changes",
     "Conditionals",
     "DenseKernel",
     "Laws",

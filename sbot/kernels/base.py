@@ -30,10 +30,12 @@ COPIES = 8
 LN2 = math.log(2)
 #: Exponents of two below which an entry of a row that sums to about one is nothing; denormal numbers are ten times slower.
 FLOOR = {torch.float64: -900.0, torch.float32: -90.0}
+
+
 #: Rows whose masses are added up in the dtype of a pass before they go into sums in double precision.
 ADDED = 256
-#: Entries that say what costs are on average.
-SOME = 2**15
+
+
 #: Entries from which on it pays to look whether exponentials can do without their largest.
 MANY = 2**15
 
@@ -51,6 +53,17 @@ class Pass(NamedTuple):
     rows: Tensor
     columns: Tensor
     shared: Tensor | None = None
+
+
+class Base(NamedTuple):
+    """The base of the powers in a pass: its logarithm, powers in place, and logarithms to it."""
+
+    log: float
+    power: Callable[[Tensor], Tensor]
+    logarithm: Callable[[Tensor], Tensor]
+
+
+NATURAL, BINARY = Base(1.0, torch.exp_, torch.log), Base(LN2, torch.exp2_, torch.log2)
 
 
 class LogKernel(ABC):
@@ -131,10 +144,7 @@ class LogKernel(ABC):
         return False
 
     def scale(self) -> tuple[Tensor, Tensor]:
-        """Mean and largest of ``|C|`` over the finite entries, ``(*b,)``.
-
-        The largest may be an upper bound, and the mean that of some rows where the largest is known.
-        """
+        """Mean and largest of ``|C|`` over the finite entries (the largest may be an upper bound), ``(*b,)``."""
         total: Any = 0.0
         count: Any = 0
         tops: list[Tensor] = []
@@ -145,9 +155,6 @@ class LogKernel(ABC):
                 low, high = self.ends or (float(end) for end in torch.aminmax(c))
                 least, most = min(least, low), max(most, high)
                 plain = low >= 0 and math.isfinite(high)
-                known = plain and not self.batch_shape
-                if known and self.ends is not None:
-                    c = c[:: max(1, c.numel() // SOME) | 1]
                 if plain:
                     count += c.shape[-2] * c.shape[-1]
                 else:
@@ -155,6 +162,7 @@ class LogKernel(ABC):
                     c = c.masked_fill(~finite, 0).abs()
                     count += finite.sum((-2, -1))
                 total += c.sum((-2, -1), dtype=torch.float64)
+                known = plain and not self.batch_shape
                 tops.append(torch.full_like(total, high) if known else c.amax((-2, -1)).double())
         self._range, self._largest = most - least, max(most, -least)
         return total / count, functools.reduce(torch.maximum, tops)
@@ -283,8 +291,8 @@ class LogKernel(ABC):
         them.  ``weights`` may be a function of the lse of all rows where they are in one tile.  What one pass can know of P is
         returned, and ``keep`` is shown the tiles of K, each gone when the next is made, or none where there is a `gibbs`
         kernel of which all that is returned is then made.  Memory is one tile; where there is
-        ``room``, ``(*b, n, m)``, the tiles are made and left there.  Entries of K below ``2^FLOOR``, and those of atoms without
-        weight, may be raised to next to nothing: a column mass of that size says only that the mass is smaller.
+        ``room``, ``(*b, n, m)``, the tiles are made and left there.  Entries of K below ``2^FLOOR`` may be raised to it: a
+        column mass of that size says only that the mass is smaller.
         """
         shared = None if keep is None else self.gibbs(bias, eps)
         if shared is not None:
@@ -294,24 +302,26 @@ class LogKernel(ABC):
         # single precision sums of a hundred thousand rows would lose what the columns differ by
         columns = torch.zeros(bias.shape, dtype=torch.float64, device=self.device)
         part, added = (columns if self.dtype == columns.dtype else torch.zeros_like(bias)), 0
-        column, offset = self.column(bias, eps), self.offset(eps)
-        flat, floor = self._flat(bias, eps), FLOOR[self.dtype] * LN2
-        # exp takes two thirds of what exp2 does, but many times as long where it underflows
-        deep = (not flat and self.depth(bias, eps) > -FLOOR[self.dtype]) or bool((bias == -torch.inf).any())
+        # exp takes two thirds of what exp2 does, but many times as long where something has no weight, or underflows
+        base = BINARY if bool((bias == -torch.inf).any()) else NATURAL
+        unit = eps * base.log
+        column, offset = self.column(bias / base.log, unit), self.offset(unit)
+        flat, floor = self._flat(bias, eps), FLOOR[self.dtype] * LN2 / base.log
+        deep = not flat and self.depth(bias, eps) > -FLOOR[self.dtype]
         with torch.no_grad(), linalg.full_precision():
             for rows in self.tiles():
                 size = rows.stop - rows.start
                 if room is None and (self._scratch is None or self._scratch.shape[-2] < size):
                     self._scratch = self.buffer(size)
                 out = room[..., rows, :] if room is not None else self._scratch[..., :size, :]  # type: ignore[index]
-                z = self.logits(rows, column, eps, out)
+                z = self.logits(rows, column, unit, out)
                 if not flat:  # else two sweeps over the tile less
                     top = z.amax(-1, keepdim=True)
                     top = top.masked_fill_(top == -torch.inf, 0)  # an empty row: e^-inf = 0, not NaN
                     z = z.sub_(top)
-                total = (z.clamp_(min=floor) if deep else z).exp_().sum(-1)
-                level = total.log() if flat else top.squeeze(-1) + total.log()
-                level = level if offset is None else level + offset[..., rows]
+                total = base.power(z.clamp_(min=floor) if deep else z).sum(-1)
+                level = base.logarithm(total) if flat else top.squeeze(-1) + base.logarithm(total)
+                level = (level if offset is None else level + offset[..., rows]) * base.log
                 share = _row_masses(weights[..., rows] if isinstance(weights, Tensor) else weights, power, level)
                 lse[..., rows], mass[..., rows] = level, share
                 total = total.clamp_(min=torch.finfo(self.dtype).tiny)

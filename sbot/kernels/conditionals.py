@@ -7,14 +7,12 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, final
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .. import linalg
 from ..arrays import transformed
 from ..linalg import Eps
-from ..pace import TINY
 from .base import FLOOR, LogKernel, Pass
 from .dense import DenseKernel
 
@@ -50,7 +48,7 @@ class Laws(NamedTuple):
     def scales(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         """``r, c`` with ``r_i K_ij c_j = exp(left_i + right_j - C_ij / eps)``."""
         rows, columns = torch.exp(left + self.lse), torch.exp(right - self.bias)
-        # what has no weight has no bias either
+        # of columns without weight the bias is -inf as well
         return rows, torch.where(right == -torch.inf, 0.0, columns)
 
     def scaled(self, rows: Tensor, columns: Tensor) -> Tensor:
@@ -105,7 +103,6 @@ class Conditionals:
         self._rows: Tensor | None = None
         self._columns: Tensor | None = None
         self._arrays: _Arrays | None = None
-        self._rounded: Any = None
         self._shared: _Shared | None = None
         self._made_with: tuple[Tensor, ...] = ()
         self.share = 1.0
@@ -161,7 +158,7 @@ class Conditionals:
 
     def open(self) -> None:
         """Forget what is kept; `keep` may be called for the new tiles."""
-        self._rows = self._columns = self._arrays = self._rounded = self._shared = None
+        self._rows = self._columns = self._arrays = self._shared = None
         self._made_with = ()
         # where few iterations are expected nearly all entries are something
         sparse = self.sparse_works and (self.dense is None or self.pairs > (DOUBLE_WHERE_FEW if self.few else SMALL))
@@ -248,15 +245,6 @@ class Conditionals:
             laws = self.dense.numpy()
             self._arrays = self._arrays or _Arrays(laws, laws.T)
         return (self, same, same) if self._arrays is None else (self._arrays, Tensor.numpy, torch.from_numpy)
-
-    def rounded(self, v: Any, sums: Any, u: Any, columns: Any) -> Changes | None:
-        """Products of a copy in single precision, of changes since these (see `Changes`), where there is room for one."""
-        if self._shared is not None or self.dense is None or not SMALL < self.pairs <= self.memory / 12:
-            return None
-        if self._rounded is None:
-            copy = torch.threshold_(self.dense.float(), LEAST, 0.0)
-            self._rounded = _Single(copy) if self._arrays is None else _SingleArrays(copy.numpy(), copy.mT.numpy())
-        return Changes(self._rounded, v, sums, u, columns)
 
     def times(self, v: Tensor) -> Tensor:
         """``K v``, ``(*b, n)``, in float64."""
@@ -350,51 +338,6 @@ class _Arrays:
 
     def transposed_times(self, u: Any) -> Any:
         return self.transposed @ u
-
-
-class _SingleArrays(_Arrays):
-    """The same in single precision."""
-
-    def times(self, v: Any) -> Any:
-        return self.laws @ v.astype(np.float32)
-
-    def transposed_times(self, u: Any) -> Any:
-        return self.transposed @ u.astype(np.float32)
-
-
-class _Single(NamedTuple):
-    """Products of a matrix in single precision with vectors that are not."""
-
-    matrix: Tensor
-
-    def times(self, v: Tensor) -> Tensor:
-        return linalg.product(self.matrix, v.to(self.matrix.dtype))
-
-    def transposed_times(self, u: Tensor) -> Tensor:
-        return _scaled_product(self.matrix.mT, u)
-
-
-class Changes:
-    """Products with laws that round or leave out, of changes alone, of tensors or arrays: ``K v = s + K (v - c)``, ``s = K c``.
-
-    The error is that of the changes since the last `start`, and vanishes with them.
-    """
-
-    def __init__(self, products: Any, v: Any, sums: Any, u: Any, columns: Any) -> None:
-        self.products = products
-        self.start(v, sums, u, columns)
-
-    def start(self, v: Any, sums: Any, u: Any, columns: Any) -> None:
-        """Know that ``K v`` is ``sums`` and ``K' u`` is ``columns``."""
-        self.v, self.sums, self.u, self.columns = v, sums, u, columns
-
-    def times(self, v: Any) -> Any:
-        """``K v``, never zero."""
-        return (self.sums + self.products.times(v - self.v)).clip(min=TINY)
-
-    def transposed_times(self, u: Any) -> Any:
-        """``K' u``, never zero."""
-        return (self.columns + self.products.transposed_times(u - self.u)).clip(min=TINY)
 
 
 def _as_scipy(rows: Tensor) -> Any:

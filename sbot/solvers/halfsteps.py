@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels import FLOOR, Changes, Conditionals, LogKernel, same
+from ..kernels import FLOOR, Conditionals, LogKernel, same
 from ..linalg import Eps, along
 from ..pace import TINY, Pace
 from ..partial import capped, masses, support, violation
@@ -41,11 +41,6 @@ GROWN = 3.0
 PATIENCE = 8
 #: Marginal error above which the rounding of a model in single precision is not noticed.
 NOTICED = 1e-4
-#: Iterations to come for which a rounded copy is worth making: it costs as much as two or three.
-MANY = 5
-#: Part of the error that is left when a rounded copy would show no more: products of changes are taken from there.
-SHOWN = 1e-3
-NEAR = 0.1
 #: Marginal error below which it would say nothing, where it is not `near`.
 ROUNDED = 3e-7
 
@@ -422,8 +417,7 @@ class HalfSteps(Step):
 
     The scalings u, v multiply ``e^{f/eps}`` and ``e^{g/eps}``.  Near the solution only what they change is worked out, as
     ``1 + K (v - 1)``, so that ``u = v = 1`` is exact: the error of the model vanishes with the steps.  A model that lacks
-    nothing is as good as a pass, and none follows where the last half-step was one; where many follow, a rounded copy works
-    out what they change, until the error has fallen so far that the rounding would be noticed.
+    nothing is as good as a pass, and none follows where the last half-step was one.
     """
 
     name = "half-steps"
@@ -454,22 +448,18 @@ class HalfSteps(Step):
         # what follows is the same for tensors and arrays
         products, as_vector, as_tensor = (model, same, same) if bounded else model.products()
         weights, goal, columns = as_vector(state.rows), as_vector(state.goal()), as_vector(state.columns) + TINY
-        rounded: Changes | None = None
-        start, exactly = math.inf, True
         kind = Bounded if bounded else Hard if state.rho == (math.inf, math.inf) else Relaxed
         aim: Hard = kind(state, goal, as_vector)
         u, v, sums = as_vector(torch.ones_like(state.rows)), as_vector(torch.ones_like(state.columns)), weights
-        lacking = _lacking(state, near)
-        if near:
-            products = Changes(products, v, 1.0, weights, columns)
+        found, lacking = columns, _lacking(state, near)
         done, seen, due, stop, spread, worst = 0, 0, 2, False, 0.0, math.inf
         while done < most and not stop:
             look = done + 1 >= min(due, most)
-            used = products if rounded is None or (look and exactly) else rounded
             v = aim.raise_columns(v, columns, omega)
+            sums = _sums(products, v, near)
             # where the error is looked at, f is exact as everywhere else
-            u, v, sums = aim.raise_rows(u, v, used.times(v), None if look else omega)
-            columns = used.transposed_times(weights * u) + lacking
+            u, v, sums = aim.raise_rows(u, v, sums, None if look else omega)
+            columns = _columns(products, u, weights, found, near, lacking)
             done += 1
             if look:
                 low, high = aim.range(v)
@@ -480,15 +470,10 @@ class HalfSteps(Step):
                     break
                 errors = aim.errors(columns * v, v)
                 worst = float(errors.max())
-                stop = check(state.iterations + done, worst) and used is products
+                stop = check(state.iterations + done, worst)
                 pace.look(errors, done - seen)
                 seen, omega = done, pace.omega
-                left = _left(worst, self.beyond * state.tolerance, pace.fall)
-                due = done + (2 if done == 2 else max(1, math.ceil(min(self.every, left))))
-                if used is products and model.exact and (rounded is not None or (left >= MANY and worst <= NEAR)):
-                    start, rounded = worst, model.rounded(v, sums, weights * u, columns)
-                # at what may be the last look, or where little is left of what the rounded copy shows
-                exactly = worst <= max(state.tolerance, SHOWN * start) * math.exp(min(pace.fall * (due - done), 50.0))
+                due = done + (2 if done == 2 else self._wait(worst, self.beyond * state.tolerance, pace.fall))
                 if not stop and not near and not model.exact and worst <= ROUNDED:
                     break
         state.move(as_tensor(v).log())
@@ -503,13 +488,18 @@ class HalfSteps(Step):
             state.translate()
         return stop
 
+    def _wait(self, error: float, goal: float, fall: float) -> int:
+        """Iterations until the next look, of which each lowers the logarithm of the error by ``fall``."""
+        if not 0 < goal < error or fall <= 0:
+            return self.every
+        return max(1, min(self.every, math.ceil(math.log(error / goal) / fall)))
+
     def half(self, state: State, v: Tensor) -> Tensor:
         """Of a partial plan, what a half-step on each side from ``v``, on the model, adds to ``g / eps``."""
         model, near = state.model, _near(state)
         assert model is not None
-        products = Changes(model, torch.ones_like(v), 1.0, state.rows, state.columns) if near else model
-        u = (state.lower(state.lse + products.times(v).log()) - state.height).exp_()
-        return state.rise((products.transposed_times(state.rows * u) + _lacking(state, near)).log())
+        u = (state.lower(state.lse + _sums(model, v, near).log()) - state.height).exp_()
+        return state.rise(_columns(model, u, state.rows, state.columns + TINY, near, _lacking(state, near)).log())
 
     def _paced(self, state: State) -> Pace:
         """The pace of the last run where it goes on."""
@@ -526,11 +516,9 @@ def _near(state: State) -> bool:
     return not model.exact and (model.sparse or state.error() <= NOTICED)
 
 
-def _left(error: float, goal: float, fall: float) -> float:
-    """Iterations until ``error`` is at ``goal``, of which each lowers its logarithm by ``fall``."""
-    if error <= goal:
-        return 0.0
-    return math.log(error / goal) / fall if goal > 0 and fall > 0 else math.inf
+def _sums(products: Any, v: Any, near: bool) -> Any:
+    """``K v``, of tensors or arrays; K has rows that sum to one."""
+    return (1 + products.times(v - 1)).clip(min=TINY) if near else products.times(v)
 
 
 def _lacking(state: State, near: bool) -> Any:
@@ -541,3 +529,10 @@ def _lacking(state: State, near: bool) -> Any:
         return TINY
     held = model.transposed_times(state.rows)
     return torch.where(held < state.columns / 2, state.columns - held, 0.0) + TINY
+
+
+def _columns(products: Any, u: Any, weights: Any, found: Any, near: bool, lacking: Any) -> Any:
+    """``K' (r u)``, never zero, of tensors or arrays; with ``found`` for ``K' r``, and ``lacking`` of it."""
+    if near:
+        return (found + products.transposed_times(weights * (u - 1))).clip(min=TINY)
+    return products.transposed_times(weights * u) + lacking

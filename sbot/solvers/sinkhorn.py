@@ -410,13 +410,10 @@ def _fitting(step: Step, state: State) -> Step:
     exact = step if isinstance(step, Exact) else Exact()
     if not state.known:
         return exact
-    off = state.goal() / state.columns
+    off = (state.goal() / state.columns).log()
     if state.zeros:
-        off = torch.where(state.live[1], off, 1.0)
-    low, high = (float(end) for end in torch.aminmax(off))
-    if high > math.exp(TRUST) or low < math.exp(-TRUST):
-        return exact
-    return HalfSteps() if isinstance(step, Exact) else step
+        off = torch.where(state.live[1], off, 0.0)
+    return exact if bool((off.abs() > TRUST).any()) else HalfSteps() if isinstance(step, Exact) else step
 
 
 def _next(step: Step, before: float, after: float, tolerance: float) -> Step:

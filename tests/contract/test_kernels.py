@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
 from sbot.costs import Cosine, Cost, Lp, MatrixCost, Quadratic
 from sbot.kernels import Conditionals, DenseKernel, LogKernel, TiledKernel, make_kernel, store
-from sbot.kernels.conditionals import LEAST
 from sbot.memory import require_memory
 
 from ..conftest import clouds
@@ -232,26 +230,6 @@ def test_nothing_denormal_is_multiplied(generator):
         got = torch.cat([tile.clone() for _, tile in kernel.softmax_tiles(bias.float(), eps, lse)])
         assert in_between(got, 1e-28) == 0, name
         torch.testing.assert_close(got.double(), law, rtol=2e-4, atol=1e-27, msg=name)
-
-
-@pytest.mark.parametrize("arrays", [False, True])
-def test_the_rounding_of_a_copy_vanishes_with_the_changes(arrays, generator):
-    """Products of what has changed, in single precision: their error is a millionth of the change, not of the product."""
-    x, y = clouds(300, 310, 2, generator)
-    law = (-Quadratic().matrix(x, y) / 0.05).softmax(-1)
-    model = Conditionals(DenseKernel(law), 2**30)
-    model.open()
-    assert model.keep(slice(0, 300), law.clone()) and model.close() and model.exact
-    _, enter, back = model.products() if arrays else (None, lambda t: t, lambda t: t)
-    u, v, du, dv = (1 + torch.rand(n, generator=generator, dtype=torch.float64) for n in (300, 310, 300, 310))
-    for size in (1.0, 1e-4, 1e-8):
-        rounded = model.rounded(*(enter(part) for part in (v, law @ v, u, law.mT @ u)))
-        one, two = v + size * dv, u + size * du
-        off = back(rounded.times(enter(one))) - law @ one, back(rounded.transposed_times(enter(two))) - law.mT @ two
-        for error, product in zip(off, (law @ v, law.mT @ u), strict=True):
-            assert float((error / (product + 1e-12)).abs().max()) < 1e-6 * size + 1e-15
-    copy = rounded.products.laws if arrays else rounded.products.matrix.numpy()
-    assert copy.dtype == np.float32 and in_between(torch.from_numpy(copy), LEAST) == 0 < in_between(law, LEAST)
 
 
 def test_what_is_forbidden_is_zero_in_single_precision():

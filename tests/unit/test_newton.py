@@ -11,7 +11,7 @@ import torch
 import sbot
 from sbot.kernels import Conditionals, DenseKernel
 from sbot.pace import FASTEST, Pace
-from sbot.solvers import halfsteps, sinkhorn
+from sbot.solvers import sinkhorn
 from sbot.solvers.halfsteps import Exact, HalfSteps, State
 from sbot.solvers.newton import Newton
 
@@ -227,10 +227,11 @@ def test_no_error_is_left_in_the_constant_between_the_potentials(rho, batch, gen
 
 
 @pytest.mark.parametrize("rate", [1e-1, 1e-3, 1e-7])
-def test_how_many_iterations_are_left_at_a_rate(rate):
-    assert 1e-6 * rate ** halfsteps._left(1e-6, 1e-10, -math.log(rate)) == pytest.approx(1e-10)
-    assert halfsteps._left(1e-10, 1e-10, 1.0) == halfsteps._left(0.0, 0.0, 1.0) == 0
-    assert halfsteps._left(1e-6, 0.0, 1.0) == halfsteps._left(1e-6, 1e-10, 0.0) == math.inf
+def test_the_error_is_looked_at_where_it_is_foreseen_to_be_small(rate):
+    """No later than four iterations on, and no sooner than it is a hundredth of the tolerance."""
+    wait = HalfSteps()._wait(1e-6, 1e-10, -math.log(rate))
+    assert wait == min(4, math.ceil(math.log(1e-4) / math.log(rate)))
+    assert HalfSteps()._wait(1e-6, 0.0, 1.0) == HalfSteps()._wait(1e-6, 1e-10, 0.0) == 4
 
 
 def test_a_solve_that_gains_quickly_ends_between_two_looks_of_a_slow_one(generator):
@@ -434,3 +435,16 @@ def test_relaxed_runs_end_where_they_were(generator, rho):
     a, b = torch.full((6,), 1 / 6, dtype=torch.float64), torch.full((7,), 1 / 7, dtype=torch.float64)
     bridge = sbot.solve_bridge(a, b, 0.1, cost=cost, relax=rho, solver=sbot.Sinkhorn(tol=1e-11))
     assert bridge.report.converged and bridge.report.iterations <= 60
+
+
+@pytest.mark.parametrize("rho", [(INF, INF), (0.5, 2.0), (INF, 1.0)], ids=str)
+def test_the_error_that_is_reported_is_that_of_the_plan(rho, generator):
+    """What half-steps say of where they land is what the plan says, as it is made of the potentials alone."""
+    x, y = clouds(60, 50, 2, generator)
+    a, b = weights(60, generator=generator), weights(50, generator=generator)
+    for tol in (1e-2, 1e-6):
+        bridge = sbot.solve_bridge((x, a), (y, b), 0.1, relax=rho, solver=sbot.Sinkhorn(tol=tol))
+        g, plan = bridge.potentials().g.values, bridge.plan()
+        goal = bridge.problem.nu.weights if math.isinf(rho[1]) else b * torch.exp(-g / rho[1])
+        error = float((plan.sum(0) - goal).abs().sum() / goal.sum())
+        assert bridge.report.error == pytest.approx(error, rel=1e-4, abs=1e-13) and error <= tol
