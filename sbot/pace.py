@@ -26,7 +26,9 @@ def half_step(old: Any, goal: Any, sums: Any, power: Eps, omega: Eps | None) -> 
         return goal / sums if whole else (goal / sums) ** power
     if whole:
         return (goal / (sums * old + TINY)) ** omega * old
-    return (goal / sums) ** (power * omega) * (old + TINY) ** (1 - omega)
+    # of a goal of 1, one operation less
+    exact = sums ** (-power * omega) if isinstance(goal, float) else (goal / sums) ** (power * omega)
+    return exact * (old + TINY) ** (1 - omega)
 
 
 class Pace:

@@ -26,8 +26,8 @@ def unif(n: int, type_as: Any = None) -> Any:
     >>> ot.unif(4)
     array([0.25, 0.25, 0.25, 0.25])
     """
-    if type_as is None:
-        return torch.full((n,), 1.0 / n, dtype=torch.float64).numpy()
+    if type_as is None or (isinstance(type_as, np.ndarray) and type_as.dtype in (np.float32, np.float64)):
+        return np.full((n,), 1.0 / n, dtype=np.float64 if type_as is None else type_as.dtype)
     if not isinstance(type_as, Tensor) and type(type_as).__module__ != "numpy":
         return pot("unif")(n, type_as=type_as)
     home, (like,) = enter(type_as)
