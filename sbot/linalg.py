@@ -26,6 +26,11 @@ def along(eps: Eps, dims: int) -> Eps:
     return eps.reshape(eps.shape + (1,) * dims) if isinstance(eps, Tensor) else eps
 
 
+def plus(total: Tensor, factor: Eps, part: Tensor) -> Tensor:
+    """``total + factor part``, in one operation where the factor is a number."""
+    return total + factor * part if isinstance(factor, Tensor) else torch.add(total, part, alpha=factor)
+
+
 def scaled(eps: Eps, op: Tensor) -> Tensor:
     """``eps`` times an operator, each problem of a batch its own."""
     return along(eps, 2) * op

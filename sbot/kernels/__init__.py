@@ -26,6 +26,7 @@ __all__ = [
     "LogKernel",
     "Pass",
     "TiledKernel",
+    "given",
     "make_kernel",
     "room_beside",
     "same",
@@ -44,11 +45,9 @@ def make_kernel(cost: Cost, x: Tensor, y: Tensor, *, memory: int = 0) -> LogKern
     A cost that embeds in a few dimensions is as quickly computed as read, and never stored.  The budget counts the matrix
     and the conditional laws that a solver keeps beside it.  A cost that was given as a matrix is stored already.
     """
-    refuse_forward_mode(x, y, cost.values if isinstance(cost, MatrixCost) else None)
     if isinstance(cost, MatrixCost):
-        kernel = DenseKernel(cost.matrix(x, y), cost.batch_shape)
-        kernel.ends = cost.ends
-        return kernel
+        return given(cost, cost.matrix(x, y))
+    refuse_forward_mode(x, y)
     tiled = TiledKernel(cost, x, y)
     pairs = math.prod(x.shape[:-1]) * y.shape[-2]
     if 2 * pairs * x.element_size() > memory or (tiled.rank is not None and tiled.rank <= CHEAP):
@@ -58,6 +57,14 @@ def make_kernel(cost: Cost, x: Tensor, y: Tensor, *, memory: int = 0) -> LogKern
         first = (0,) * (x.ndim - 2)
         return DenseKernel(store(TiledKernel(cost, x[first], y[first])).matrix, tiled.batch_shape)
     return store(tiled)
+
+
+def given(cost: MatrixCost, values: Tensor) -> DenseKernel:
+    """The kernel of a cost that was given as a matrix, on these of its ``values``."""
+    refuse_forward_mode(values)
+    kernel = DenseKernel(values, cost.batch_shape)
+    kernel.ends = cost.ends
+    return kernel
 
 
 def room_beside(kernel: LogKernel, cost: Cost, memory: int) -> int:

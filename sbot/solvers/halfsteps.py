@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import linalg
 from ..kernels import FLOOR, Conditionals, LogKernel, same
 from ..linalg import Eps, along
 from ..pace import TINY, Pace
@@ -255,7 +256,7 @@ class State:
 
     def move(self, log_v: Tensor) -> None:
         """``g += eps log_v``."""
-        g = self.g + self.unit * log_v.to(self.g)
+        g = linalg.plus(self.g, self.unit, log_v.to(self.g))
         self.g = torch.where(self.live[1], g, 0.0) if self.zeros else g
         self.fresh = self.known = False
 
@@ -264,7 +265,7 @@ class State:
 
         It is as good as a pass.
         """
-        f = self.f + self.unit * log_u.to(self.f)
+        f = linalg.plus(self.f, self.unit, log_u.to(self.f))
         self.f = torch.where(self.live[0], f, 0.0) if self.zeros else f
         self.rows, self.columns, self.fresh = rows, columns, True
         if errors is not None:
@@ -483,7 +484,7 @@ class HalfSteps(Step):
             state.land(as_tensor(u).log(), *landed, errors if model.exact else None)
         else:
             # the constant to move depends on f, which has moved with g
-            f = state.f + state.unit * as_tensor(u).log().to(state.f)
+            f = linalg.plus(state.f, state.unit, as_tensor(u).log().to(state.f))
             state.f = torch.where(state.live[0], f, 0.0) if state.zeros else f
             state.translate()
         return stop

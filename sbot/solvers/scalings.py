@@ -75,7 +75,7 @@ class Relaxed(Hard):
         u, follows = half_step(u, 1.0, sums, self.damp[0], omega), self.damp[0]
         if omega is not None:  # half-steps that are carried too far need no constant
             return u, v, sums
-        one, two = (self.dot(self.goals[side], self._fall(side, scaling)) for side, scaling in enumerate((u, v)))
+        one, two = self.dot(self.goals[0], self._fall(0, u)), self.dot(self.goals[1], self._fall(1, v))
         shift = (two / one) ** (1 / (follows * self.powers[0] + self.powers[1]))
         return u / shift**follows, v * shift, sums * shift
 

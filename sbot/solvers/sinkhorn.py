@@ -21,7 +21,7 @@ from ..coupling import DiscreteCoupling
 from ..diffusion import Intractable
 from ..errors import InvalidProblem, NotConverged, NumericalError, PrecisionWarning
 from ..feasibility import by_potentials, reached
-from ..kernels import TILE_BYTES, Conditionals, DenseKernel, LogKernel, make_kernel, room_beside
+from ..kernels import TILE_BYTES, Conditionals, DenseKernel, LogKernel, given, make_kernel, room_beside
 from ..linalg import Eps, as_eps
 from ..measures import Discrete
 from ..memory import require_memory
@@ -224,7 +224,11 @@ class Sinkhorn(Solver):
     def _prepare(self, problem: Problem, init: Bridge | None) -> tuple[State, list[tuple[Eps, float]], _Goal]:
         mu, nu, eps = problem.mu, problem.nu, problem.eps
         assert isinstance(mu, Discrete) and isinstance(nu, Discrete)
-        kernel = make_kernel(problem.cost, *problem.sites, memory=self.memory)
+        kernel: LogKernel
+        if isinstance(problem.cost, MatrixCost):  # all atoms take part, and need no numbers
+            kernel = given(problem.cost, problem.cost.values)
+        else:
+            kernel = make_kernel(problem.cost, *problem.sites, memory=self.memory)
         self._require_tile(kernel)
         a, b = _taking_part(problem, kernel)
         mean, largest = self._scale(problem, kernel)
