@@ -305,7 +305,7 @@ class LogKernel(ABC):
         # single precision sums of a hundred thousand rows would lose what the columns differ by
         columns = torch.zeros(bias.shape, dtype=torch.float64, device=self.device)
         part, added = (columns if self.dtype == columns.dtype else torch.zeros_like(bias)), 0
-        # exp takes two thirds of what exp2 does, but many times as long where something has no weight, or underflows
+        # exp is quicker than exp2, but many times slower where something has no weight, or underflows
         base = BINARY if bool((bias == -torch.inf).any()) else NATURAL
         unit = eps * base.log
         column, offset = self.column(bias / base.log, unit), self.offset(unit)
